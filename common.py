@@ -1,0 +1,1696 @@
+"""What the five papers share: vision transformer, masking, heads, queue, the exact step, data, runs, weights, pictures.
+
+Read a paper's file first and come here for a name. The parts, in order:
+
+    distributed · random numbers by key · vision transformer · masked autoencoder · heads, InfoNCE, queue, EMA ·
+    the step · optimisation · data · augmentation · runs · MAE pre-training · weights in and out · pictures
+
+Shapes in comments: N samples (of this process), L patches, K kept patches, D width, C classes, S image side, V views.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work; the message says what was given, what was expected and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- distributed
+
+
+def start() -> torch.device:
+    """Joins torchrun's process group, or runs alone; returns this process's device."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(world() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # reduce-scatter would do, but gloo has none
+        return grad.chunk(world())[rank()]
+
+
+def gather(x):
+    """Rows of all ranks in rank order, [n, …] → [world · n, …]; the gradient flows back to the rank that owns a row.
+
+    Detach `x` first to gather without gradient. With a loss that each rank averages over its own rows, the average of
+    the ranks' gradients is the gradient of the loss over the global batch.
+    """
+    return _Gather.apply(x) if world() > 1 else x
+
+
+def average_gradients(parameters):
+    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass.
+
+    All transfers are in flight at once. Not hidden behind the backward pass, which the step with cached feature
+    gradients runs several times.
+    """
+    if world() > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+            work.wait()
+        torch._foreach_div_(grads, world())
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm1d over the samples of all ranks, on any device (torch's SyncBatchNorm refuses CPUs).
+
+    Input [N, D], or [H, N, D] with `shape=(H, D)` for H heads at once. Every rank must hold the same number of samples.
+    Each rank contributes its mean and its centred square sum, so nothing cancels; statistics are at least float32.
+    Names, defaults and running statistics are BatchNorm1d's.
+    """
+
+    def __init__(self, *shape, eps=1e-5, momentum=0.1, affine=True):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+
+    def forward(self, x):
+        x = promote(x)
+        if self.training:
+            n = x.shape[-2]
+            mean = x.mean(-2)
+            squares = (x - mean.unsqueeze(-2)).square().sum(-2)
+            means, squares = gather(torch.stack([mean, squares])[None]).unbind(1)  # each [world, (H,) D]
+            mean = means.mean(0)
+            var = (squares + n * (means - mean).square()).sum(0) / (n * world())
+            with torch.no_grad():
+                unbiased = var * (n * world() / max(n * world() - 1, 1))
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        x = (x - mean.unsqueeze(-2)) * (var + self.eps).rsqrt().unsqueeze(-2)
+        if self.weight is not None:
+            x = x * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
+        return x
+
+
+# ------------------------------------------------------------------------------------------- random numbers by key
+
+
+def _mix(z):
+    """The output function of splitmix64 (Steele et al. 2014) on int64, whose products wrap around."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(key, rows, *shape, device=None):
+    """Numbers in [0, 1) that depend on `key`, the row and nothing else: [len(rows), *shape], float32, on `device` (by
+    default that of the rows).
+
+    `key` is a tuple such as (seed, step, "mask"); `rows` [N] int64 are positions in the global batch (or indices of
+    samples). Since no generator has a state, 1, 2 or 8 processes, split batches or resumed runs draw the same numbers.
+    """
+    rows = rows.to(device or rows.device)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    golden = -0x61C8864680B583EB
+    row = _mix(rows * golden + int.from_bytes(digest, "little", signed=True))
+    count = torch.arange(1, math.prod(shape) + 1, device=rows.device) * golden
+    bits = _mix(row[:, None] + count) >> 40 & 0xFFFFFF
+    return (bits.float() * 2**-24).view(len(rows), *shape)
+
+
+# ---------------------------------------------------------------------------------------------- vision transformer
+
+# size: (width D, depth, heads); patch size and image size are free. `nano` and `mini` serve small images.
+VIT_SIZES = {
+    "nano": (128, 6, 4),
+    "mini": (192, 8, 6),
+    "ti": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "h": (1280, 32, 16),
+    "2b": (2560, 24, 32),
+}
+
+
+def promote(x):
+    """At least float32, for losses and statistics; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sincos_positions(dim, height, width):
+    """The fixed table of MAE, [1, 1 + height · width, dim]: zeros for [CLS], then half the channels for the column and
+    half for the row, each sin then cos; computed in float64, returned in float32."""
+    if dim % 4:
+        raise InputError(f"sin-cos positions need a width divisible by 4, not {dim}")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [p.reshape(-1, 1).double() * omega for p in (column, row)]
+    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
+    return torch.cat([torch.zeros(1, dim), table.float()])[None]
+
+
+def resize_positions(table, old, new):
+    """Position table [1, 1 + h·w, D] of grid old = (h, w), interpolated (bicubic) to the grid `new`; [CLS] stays."""
+    if old == new:
+        return table
+    grid = promote(table[:, 1:]).transpose(1, 2).unflatten(2, old)
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table)], 1)
+
+
+def attend(q, k, v):
+    """softmax(q kᵀ / √d) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused kernel
+    is the slower one (in bfloat16 three times, in the backward pass)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [N, L, D] → [N, L, D]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [N, heads, L, d]
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear-GELU-Linear."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Transformer block, [N, L, D] → [N, L, D]: pre-norm as in MAE, or post-norm as in data2vec 2.0.
+
+    `drop` [N, 2] multiplies the two residual branches (drop path): 0, or 1 / probability of keeping.
+    """
+
+    def __init__(self, dim, heads, post_norm=False, mlp_ratio=4):
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, drop=None):
+        a, m = (1, 1) if drop is None else drop.to(x.dtype)[:, :, None, None].unbind(1)
+        if self.post_norm:
+            x = self.norm1(x + a * self.attn(x))
+            return self.norm2(x + m * self.mlp(x))
+        x = x + a * self.attn(self.norm1(x))
+        return x + m * self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Image [N, 3, H, W] → patches [N, L, D] by a convolution whose stride is its kernel."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """Vision transformer encoder with MAE's details and with the parameter names of facebookresearch/mae and timm.
+
+    Post-norm encoders (data2vec 2.0: a norm before the blocks, none after) keep their blocks under `post_blocks`, so
+    that no reader of pre-norm weights takes them silently.
+
+    Args:
+        image_size, patch_size: sides in pixels; patch_size divides image_size.
+        dim, depth, heads: width, number of blocks, attention heads.
+        pool: what `pooled` returns, "cls" or "mean" (of the patch tokens).
+    Raises:
+        InputError: sizes that do not divide.
+    """
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls"):
+        super().__init__()
+        if image_size % patch_size:
+            raise InputError(f"image size {image_size} is not divisible by the patch size {patch_size}")
+        if dim % heads:
+            raise InputError(f"width {dim} is not divisible by {heads} heads")
+        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
+        self.config |= dict(post_norm=post_norm, pool=pool)
+        self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
+        self.grid = (image_size // patch_size,) * 2
+        self.frozen = 0
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
+        self.embed_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else nn.Identity()
+        blocks = nn.ModuleList(Block(dim, heads, post_norm) for _ in range(depth))
+        self.add_module("post_blocks" if post_norm else "blocks", blocks)
+        self.norm = nn.Identity() if post_norm else nn.LayerNorm(dim, eps=1e-6)
+        init_weights(self)
+
+    def freeze(self, blocks):
+        """Freezes the patch embedding, [CLS] and the lower `blocks` blocks (all of them: the final norm too). They run
+        without gradient and store no activations."""
+        self.requires_grad_(True)
+        self.pos_embed.requires_grad_(False)
+        self.frozen = blocks
+        if blocks:
+            frozen = [self.patch_embed, self.embed_norm, *self.stack()[:blocks]]
+            for module in frozen + [self.norm] * (blocks >= self.depth):
+                module.requires_grad_(False)
+            self.cls_token.requires_grad_(False)
+
+    def stack(self):
+        """The blocks, whichever name they are kept under."""
+        return self.post_blocks if self.config["post_norm"] else self.blocks
+
+    def embed(self, x, ids_keep=None):
+        """Image [N, 3, H, W] → tokens [N, 1 + K, D] of the kept patches, positions added, [CLS] (zero position) first."""
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        positions = resize_positions(self.pos_embed, self.grid, grid)
+        tokens = self.patch_embed(x) + positions[:, 1:]  # [N, L, D]
+        if ids_keep is not None:
+            tokens = take(tokens, ids_keep)  # [N, K, D]
+        cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return self.embed_norm(torch.cat([cls.to(tokens.dtype), tokens], 1))
+
+    def forward(self, x, ids_keep=None, drop=None, blocks=None):
+        """Tokens after the final norm, or the raw outputs of chosen blocks.
+
+        Args:
+            x: images [N, 3, H, W]; a grid other than the encoder's own gets interpolated positions.
+            ids_keep: [N, K] indices of the visible patches, or None for all.
+            drop: drop-path factors [N, depth, 2] (see `drop_path`), or None.
+            blocks: numbers of blocks counted from 1, or None.
+        Returns:
+            [N, 1 + K, D], [CLS] first; with `blocks` a list of such, in the order given, before the final norm.
+        """
+        outputs = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen == 0):
+            x = self.embed(x, ids_keep)
+        for i, block in enumerate(self.stack(), 1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
+                x = block(x, None if drop is None else drop[:, i - 1])
+            outputs[i] = x
+            if blocks is None:
+                outputs.clear()
+        return self.norm(x) if blocks is None else [outputs[b] for b in blocks]
+
+    def pooled(self, tokens):
+        """[N, 1 + K, D] → feature [N, D]: [CLS], or the mean of the patch tokens."""
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
+
+
+def init_weights(module):
+    """MAE's initialisation: xavier-uniform matrices (the patch projection seen as one), zero biases of linears,
+    normal(0.02) for [CLS] and mask tokens."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, PatchEmbed):
+            nn.init.xavier_uniform_(m.proj.weight.view(len(m.proj.weight), -1))
+    for name, p in module.named_parameters(recurse=False):
+        if name in ("cls_token", "mask_token"):
+            nn.init.normal_(p, std=0.02)
+
+
+def build_vit(name, image_size, pool="cls", post_norm=False):
+    """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4."""
+    match = re.fullmatch(r"vit_(\D+|2b)(\d+)", name)
+    if not match or match[1] not in VIT_SIZES:
+        known = ", ".join(VIT_SIZES)
+        raise InputError(f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
+    return ViT(image_size, int(match[2]), *VIT_SIZES[match[1]], post_norm=post_norm, pool=pool)
+
+
+def drop_path(rate, noise):
+    """Drop-path factors from uniform noise [N, depth, 2]: the rate grows linearly from 0 to `rate` over the depth."""
+    rates = torch.linspace(0, rate, noise.shape[1], device=noise.device)[:, None]
+    return (noise >= rates) / (1 - rates)
+
+
+# ---------------------------------------------------------------------------------------------- masked autoencoder
+
+
+def take(tokens, ids):
+    """Rows `ids` [N, K] of tokens [N, L, D] → [N, K, D]."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def random_masking(noise, ratio):
+    """Per-sample random mask from uniform noise [N, L]: the int(L · (1 − ratio)) patches of least noise stay.
+
+    Returns:
+        ids_keep [N, K] in shuffled order, ids_restore [N, L] (undoes the shuffle), mask [N, L] (1 = removed).
+    """
+    shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = shuffle.argsort(1)
+    keep = int(noise.shape[1] * (1 - ratio))
+    return shuffle[:, :keep], ids_restore, (ids_restore >= keep).float()
+
+
+def patchify(images, p):
+    """[N, 3, H, W] → [N, L, p·p·3], pixels row by row, colour last."""
+    n, c, h, w = images.shape
+    return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+
+
+def unpatchify(patches, p, height, width):
+    """[N, L, p·p·3] → [N, 3, height, width]."""
+    x = patches.view(len(patches), height // p, width // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+
+
+class MAEDecoder(nn.Module):
+    """MAE's decoder: encoded visible tokens and mask tokens → every patch. Names are facebookresearch/mae's.
+
+    Args:
+        grid: (rows, columns) of patches; patch_size in pixels; encoder_dim the encoder's width.
+        dim, depth, heads: 512, 8 and 16 in MAE for every encoder.
+        out: values a token, by default the pixels of a patch.
+    """
+
+    def __init__(self, grid, patch_size, encoder_dim, dim=512, depth=8, heads=16, out=None):
+        super().__init__()
+        self.decoder_embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(dim, *grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, out or patch_size**2 * 3)
+        init_weights(self)
+
+    def forward(self, tokens, ids_restore):
+        """tokens [N, 1 + K, encoder_dim], ids_restore [N, L] → [N, L, out]; [CLS] passes through and is dropped."""
+        x = self.decoder_embed(tokens)
+        removed = ids_restore.shape[1] + 1 - x.shape[1]
+        filled = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(len(x), removed, -1)], 1)  # [N, L, dim]
+        x = torch.cat([x[:, :1], take(filled, ids_restore)], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+def normalize_patches(patches):
+    """Each patch [.., p·p·3] minus its mean, over its standard deviation (unbiased; 1e-6 inside the root)."""
+    var, mean = torch.var_mean(patches, -1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def mae_loss(pred, images, mask, norm_pix=True):
+    """Squared error on removed patches, [N]: mean over a patch's pixels, then over the sample's removed patches.
+
+    pred [N, L, p·p·3], images [N, 3, H, W], mask [N, L] (1 = removed). Every sample loses equally many patches, so the
+    mean over samples is the MAE loss of the batch.
+    """
+    target = patchify(images, math.isqrt(pred.shape[-1] // 3))
+    if norm_pix:
+        target = normalize_patches(target)
+    error = (promote(pred) - target).square().mean(-1)  # [N, L]
+    return (error * mask).sum(1) / mask.sum(1)
+
+
+# ------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
+
+
+def mlp_head(*dims, last_norm):
+    """Linear-BatchNorm-ReLU, …, Linear(-BatchNorm): a projector (`last_norm=True`) or predictor of MAE-CT's A.2.
+
+    dims are widths from input to output. No linear has a bias: those before a BatchNorm need none, and the predictor's
+    last has none in the authors' code. Weights keep PyTorch's default initialisation.
+    """
+    layers = []
+    for i, o in zip(dims, dims[1:]):
+        layers += [nn.Linear(i, o, bias=False), BatchNorm(o), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[: -1 if last_norm else -2])
+
+
+def normalize(x):
+    """Rows of unit length, at least float32."""
+    return F.normalize(promote(x), dim=-1)
+
+
+def info_nce(rows, columns, temperature):
+    """−log softmax of row i at its own column, averaged over this rank's rows (Oord et al. 2018).
+
+    rows [N, d] of this rank and columns [N, d] of this rank, both of unit length; the columns of all ranks are gathered
+    with gradient and serve as negatives. Logits and cross-entropy are at least float32.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = promote(rows) @ gather(promote(columns)).T / temperature  # [N, world · N]
+        target = torch.arange(len(rows), device=rows.device) + rank() * len(rows)
+        return F.cross_entropy(logits, target)
+
+
+class Queue(nn.Module):
+    """First in, first out memory of embeddings for nearest-neighbour lookup (NNCLR; MAE-CT Eq. 1); alike on every rank.
+
+    Starts with random unit vectors. Keeps the samples' dataset indices, and labels where there are any: those serve
+    the NN-accuracy metric and the oracle variant alone.
+
+    Args:
+        size: entries (65 536 in MAE-CT); dim: their width.
+    """
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("embeddings", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("indices", torch.full((size,), -1))
+        self.register_buffer("labels", torch.full((size,), -1))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def lookup(self, z, index, k, dice, labels=None):
+        """One of the k nearest entries of each row, Eq. 1: [N] positions in the queue.
+
+        z [N, d] of unit length; index [N] the samples' dataset indices: an entry of the same sample (its embedding of
+        an earlier epoch) gets similarity −1; dice [N] in [0, 1) picks among the k. With labels [N], entries of other
+        classes come last (the oracle of MAE-CT's B.2).
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            similarity = promote(z) @ self.embeddings.to(promote(z)).T  # [N, size]
+        similarity.masked_fill_(index[:, None] == self.indices, -1)
+        if labels is not None:
+            similarity -= 4 * (labels[:, None] != self.labels)
+        candidates = similarity.topk(k, dim=1).indices
+        return candidates.gather(1, (dice * k).long()[:, None])[:, 0]
+
+    @torch.no_grad()
+    def push(self, z, index, labels):
+        """Writes the rows of all ranks, in rank order, over the oldest entries: z [N, d], index [N], labels [N]."""
+        size = len(self.indices)
+        z, index, labels = (gather(t.detach().contiguous())[-size:] for t in (z, index, labels))
+        slots = (self.cursor + torch.arange(len(z), device=z.device)) % size
+        self.embeddings[slots] = z.to(self.embeddings)
+        self.indices[slots] = index
+        self.labels[slots] = labels
+        self.cursor.copy_((self.cursor + len(z)) % size)
+
+
+@torch.no_grad()
+def ema_update(target, source, momentum):
+    """target ← momentum · target + (1 − momentum) · source for parameters; buffers (BatchNorm statistics) are copied."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    for t, s in zip(target.buffers(), source.buffers()):
+        t.copy_(s)
+
+
+def frozen_copy(module):
+    """A copy that gets no gradients: the starting point of an EMA."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
+    """Forward and backward of one step, in one piece or in micro-batches with the same numbers (DESIGN of all papers).
+
+    encode works on each sample by itself, objective on the whole (global) batch. In micro-batches the features are
+    first computed without gradient, the objective then gives the gradient of every feature, and each micro-batch is
+    encoded once more to send its part of that gradient on (Gao et al. 2021, arXiv 2101.06983): the memory is that of a
+    micro-batch, the arithmetic one forward pass more.
+
+    Args:
+        encode: (*inputs) → (features, loss): a tuple of tensors [n, …], and a loss per sample [n] or None.
+        objective: (*features) → (loss, aux): a scalar, averaged over this rank's rows, and anything; or None.
+        inputs: tuple of tensors [N, …] (or None entries) of this rank; all randomness is in them.
+        micro_batch: samples of this rank at a time; 0 for all. Its number must divide N.
+        precision: torch.bfloat16 for autocast of the forward passes, or torch.float32.
+    Returns:
+        (loss, aux): the detached loss of this rank, and the objective's second value (None without objective).
+    """
+    n = len(inputs[0])
+    micro_batch = micro_batch or n
+    pieces = [t.split(micro_batch) if t is not None else [None] * (n // micro_batch) for t in inputs]
+    chunks = list(zip(*pieces))
+    autocast = lambda: torch.autocast(inputs[0].device.type, precision, enabled=precision != torch.float32)
+    loss, aux = torch.zeros((), device=inputs[0].device), None
+
+    if len(chunks) == 1:
+        with autocast():
+            features, sample_loss = encode(*chunks[0])
+            if objective is not None:
+                loss, aux = objective(*features)
+            if sample_loss is not None:
+                loss = loss + sample_loss.mean()
+        loss.backward()
+        return loss.detach(), aux
+
+    gradients = [()] * len(chunks)
+    if objective is not None:
+        with torch.no_grad():
+            cached = []
+            for chunk in chunks:
+                with autocast():
+                    cached.append(encode(*chunk)[0])
+        features = [torch.cat(f).requires_grad_() for f in zip(*cached)]
+        with autocast():
+            loss, aux = objective(*features)
+        loss.backward()
+        gradients = list(zip(*[f.grad.split(micro_batch) for f in features]))
+    loss = loss.detach()
+    for chunk, gradient in zip(chunks, gradients):
+        with autocast():
+            features, sample_loss = encode(*chunk)
+        outputs, grads = list(features) if gradient else [], list(gradient)
+        if sample_loss is not None:
+            outputs, grads = outputs + [sample_loss], grads + [torch.full_like(sample_loss, 1 / n)]
+            loss = loss + sample_loss.detach().sum() / n
+        if not any(o.requires_grad for o in outputs):  # a frozen encoder: only the heads learn
+            break
+        torch.autograd.backward(outputs, grads)
+    return loss, aux
+
+
+# --------------------------------------------------------------------------------------------------- optimisation
+
+
+def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
+    """AdamW groups of the trainable parameters: {"params", "peak_lr", "weight_decay"}.
+
+    No weight decay on vectors (biases, norms) and tokens. For a ViT, block i = 0 … depth − 1 learns with
+    lr · layer_decay^(depth − i), the stem with layer_decay^(depth + 1), the final norm with lr.
+    """
+    groups = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        power = 0
+        if layer_decay != 1:
+            block = re.match(r"(?:post_)?blocks\.(\d+)\.", name)
+            power = module.depth - int(block[1]) if block else 0 if name.startswith("norm.") else module.depth + 1
+        decay = 0.0 if p.ndim < 2 or name.endswith("_token") else weight_decay
+        group = dict(params=[], peak_lr=lr * layer_decay**power, weight_decay=decay)
+        groups.setdefault((power, decay), group)["params"].append(p)
+    return list(groups.values())
+
+
+def adamw(groups, betas=(0.9, 0.95)):
+    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def warmup_cosine(step, steps, warmup, end=0.0):
+    """Factor of the peak lr at a step (0 … steps − 1): linear over `warmup` steps, then half a cosine down to `end`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def set_lr(optimizer, factor):
+    """lr of every group = its peak · factor; returns the largest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+IN_MEMORY = 2 << 30  # bytes of uint8 pixels that are decoded once and cropped on the device
+
+
+@dataclass
+class Images:
+    """An image set: pixels in memory, or files, or a torchvision data set; labels are −1 where there are none."""
+
+    labels: torch.Tensor  # [N] int64
+    classes: list
+    pixels: torch.Tensor = None  # [N, 3, H, W] uint8
+    masks: torch.Tensor = None  # [N, H, W] bool, the object's pixels (shapes only)
+    files: list = None
+    dataset: object = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """What to call image i when it cannot be read."""
+        return str(self.files[i]) if self.files else f"image {i}"
+
+    def open(self, i):
+        """Image i as an RGB PIL image."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[i].permute(1, 2, 0).numpy())
+        image = Image.open(self.files[i]) if self.files else self.dataset[i][0]
+        return image.convert("RGB")
+
+
+def load_images(data, split, labels=True):
+    """A split of a built-in set, a folder, or a torchvision set by name.
+
+    Args:
+        data: "shapes"; a folder with train/ and val/ (or test/) of class folders, or any tree of images if `labels` is
+            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision.
+        split: "train" or "val".
+        labels: whether class labels are needed.
+    Raises:
+        InputError: no such set, no images, or no class folders where labels are needed.
+    """
+    if data == "shapes":
+        return shapes(split)
+    if Path(data).is_dir():
+        return _fit_in_memory(_load_folder(Path(data), split, labels))
+    known = {name.lower(): name for name in torchvision.datasets.__all__}
+    if data.lower() not in known:
+        raise InputError(f"--data {data}: no such folder, and neither 'shapes' nor the name of a torchvision data set")
+    return _load_torchvision(known[data.lower()], split)
+
+
+def load_splits(data, labels=False):
+    """(training images, validation images), the latter None where there are no labels or no val/ or test/ to evaluate on.
+
+    Raises:
+        InputError: as load_images; or the two have different classes.
+    """
+    train = load_images(data, "train", labels)
+    if not train.classes or Path(data).is_dir() and not any((Path(data) / n).is_dir() for n in ("val", "test")):
+        return train, None
+    val = load_images(data, "val")
+    if val.classes != train.classes:
+        raise InputError(f"--data {data}: training and validation folders have different classes")
+    return train, val
+
+
+def _load_folder(root, split, labels):
+    names = ["train"] if split == "train" else ["val", "test"]
+    folder = next((root / n for n in names if (root / n).is_dir()), root)
+    if folder == root and labels:
+        wanted = " or ".join(f"{n}/" for n in names)
+        raise InputError(f"--data {root}: labels are needed, but there is no {wanted} with one folder per class")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise InputError(f"--data {root}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
+    loose = [p for p in files if p.parent == folder]
+    if loose and labels:
+        raise InputError(f"--data {root}: labels are needed, but {loose[0]} lies in no class folder of {folder}")
+    if folder == root or loose:
+        return Images(torch.full((len(files),), -1), [], files=files)
+    of = [p.relative_to(folder).parts[0] for p in files]
+    classes = sorted(set(of))
+    number = {c: i for i, c in enumerate(classes)}
+    return Images(torch.tensor([number[c] for c in of]), classes, files=files)
+
+
+def _load_torchvision(name, split):
+    cls, train = getattr(torchvision.datasets, name), split == "train"
+    accepted = cls.__init__.__code__.co_varnames
+    choice = dict(train=train) if "train" in accepted else dict(split="train" if train else "test")
+    try:
+        dataset = cls("data", download=True, **choice)
+    except (TypeError, ValueError, RuntimeError, OSError) as e:
+        raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
+    labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    if labels is None:
+        raise InputError(f"--data {name.lower()}: torchvision's {name} has no class labels")
+    labels = torch.as_tensor(labels).long()
+    classes = list(getattr(dataset, "classes", range(int(labels.max()) + 1)))
+    pixels = getattr(dataset, "data", None)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
+        pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
+        return Images(labels, classes, pixels=pixels)
+    return Images(labels, classes, dataset=dataset)
+
+
+def _fit_in_memory(images):
+    """Decodes a set of small images of one size; returns other sets as they are."""
+    try:
+        first = images.open(0)
+    except OSError:
+        return images
+    if first.width * first.height * 3 * len(images) > IN_MEMORY:
+        return images
+    pixels = torch.empty(len(images), 3, first.height, first.width, dtype=torch.uint8)
+    for i in range(len(images)):
+        try:
+            image = images.open(i)
+        except UNREADABLE:
+            return images  # workers name and skip it
+        if image.size != first.size:
+            return images
+        pixels[i] = _to_uint8(image)
+    return dataclasses.replace(images, pixels=pixels)
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _to_uint8(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# Built-in set `shapes`: class name → (outline, pattern), functions of object coordinates u, v (the object fits the unit
+# circle). An outline is negative inside; a pattern chooses between the object's two colours by its sign.
+_BOX = lambda u, v, x, y, w, h: torch.maximum((u - x).abs() - w, (v - y).abs() - h)
+_SIDE = lambda u, v: torch.hypot(u, v) * torch.cos((torch.atan2(v, u) + math.pi / 3) % (2 * math.pi / 3) - math.pi / 3)
+SHAPES = {
+    "striped disc": (lambda u, v: torch.hypot(u, v) - 0.8, lambda u, v: torch.sin(24 * u)),
+    "banded ring": (lambda u, v: (torch.hypot(u, v) - 0.68).abs() - 0.2, lambda u, v: torch.sin(12 * u)),
+    "checkered square": (lambda u, v: _BOX(u, v, 0, 0, 0.7, 0.7), lambda u, v: torch.sin(13 * u) * torch.sin(13 * v)),
+    "target triangle": (lambda u, v: _SIDE(u, v) - 0.5, lambda u, v: torch.sin(18 * torch.hypot(u, v))),
+    "split flower": (
+        lambda u, v: torch.hypot(u, v) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(v, u)),
+        lambda u, v: torch.sin(6 * torch.atan2(v, u)),
+    ),
+    "dotted cross": (
+        lambda u, v: torch.minimum(_BOX(u, v, 0, 0, 0.9, 0.26), _BOX(u, v, 0, 0, 0.26, 0.9)),
+        lambda u, v: torch.sin(18 * u) * torch.sin(18 * v) - 0.4,
+    ),
+    "shaded crescent": (
+        lambda u, v: torch.maximum(torch.hypot(u, v) - 0.9, 0.75 - torch.hypot(u - 0.45, v)),
+        lambda u, v: 2 * u,
+    ),
+    "chevron bars": (
+        lambda u, v: torch.minimum(_BOX(u, v, 0, 0.45, 0.85, 0.22), _BOX(u, v, 0, -0.45, 0.85, 0.22)),
+        lambda u, v: torch.sin(15 * u + 8 * (2.4 * v % 1 - 0.5).abs()),
+    ),
+    "rimmed corner": (
+        lambda u, v: torch.minimum(_BOX(u, v, -0.5, 0, 0.25, 0.85), _BOX(u, v, 0.1, 0.6, 0.75, 0.25)),
+        lambda u, v: 3 * (torch.hypot(u, v) - 0.62),
+    ),
+    "plain dumbbell": (
+        lambda u, v: torch.hypot(u.abs() - 0.5, v) - 0.38,
+        lambda u, v: torch.full_like(u, -2),
+    ),
+}
+
+
+def shapes(split, size=48):
+    """The built-in images: one object of ten classes on a patchwork of six flat, shaded colours.
+
+    The class is the object's outline and pattern; classes i and i + 5 share their hue. Place, size, rotation, shade and
+    background are drawn anew for every image and say nothing of the class. An image depends on (split, index) alone; all
+    is computed in float64, so that machines agree on every byte.
+
+    Args:
+        split: "train" (6000 images) or "val" (2000).
+    Returns:
+        Images of [N, 3, size, size] with labels and the object's masks [N, size, size].
+    """
+    count, cells = {"train": 600, "val": 200}[split], 6
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    pixels, masks = [], []
+    for c, (outline, pattern) in enumerate(SHAPES.values()):
+        index = torch.arange(c, count * 10, 10)
+        draw = iter(uniform(("shapes", split), index, 100).double()[..., None, None].unbind(1))
+        number = lambda low, high: low + (high - low) * next(draw)  # [n, 1, 1]
+
+        # background: each pixel takes the colour of the nearest of `cells` sites, plus a smooth shade
+        sites = [torch.hypot(x - number(0, size), y - number(0, size)) for _ in range(cells)]
+        nearest = torch.stack(sites).argmin(0)  # [n, size, size]
+        colours = torch.stack([_rgb(number(0, 1), number(0, 0.7), number(0.15, 1)) for _ in range(cells)])
+        image = sum(colour * (nearest == i)[:, None] for i, colour in enumerate(colours))  # [n, 3, size, size]
+        shade = torch.stack([number(-0.1, 0.1) for _ in range(27)], 1).view(-1, 3, 3, 3)
+        image = image + F.interpolate(shade, (size, size), mode="bicubic", align_corners=True)
+
+        # object: a rotated outline, filled with two shades of its class's hue by its pattern
+        radius, angle = number(15, 20), number(0, 2 * math.pi)
+        cx, cy = (0.8 * radius + (size - 1.6 * radius) * number(0, 1) for _ in range(2))
+        dx, dy = (x - cx) / radius, (y - cy) / radius
+        u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+        inside = torch.sigmoid(-2.5 * radius * outline(u, v))[:, None]
+        mix = torch.sigmoid(4 * pattern(u, v))[:, None]
+        hue = c % 5 / 5
+        light = _rgb(hue + number(-0.07, 0.07), number(0.5, 1), number(0.6, 1))
+        dark = _rgb(hue + number(0.03, 0.17), number(0.3, 0.8), number(0.1, 0.4))
+        image = image * (1 - inside) + (light * (1 - mix) + dark * mix) * inside
+        image = image + 0.1 * (uniform(("shapes", split, "noise"), index, 3, size, size) - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().byte())
+        masks.append(inside[:, 0] > 0.5)
+    pixels, masks = torch.stack(pixels, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)  # classes take turns
+    return Images(torch.arange(count * 10) % 10, list(SHAPES), pixels=pixels, masks=masks)
+
+
+def _rgb(hue, saturation, value):
+    """HSV → RGB for [n, 1, 1] values: [n, 3, 1, 1]."""
+    k = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+@dataclass
+class View:
+    """A random resized crop: output side in pixels, range of the area as a fraction, and whether to flip half of them."""
+
+    size: int
+    scale: tuple = (0.2, 1.0)
+    flip: bool = True
+
+
+def crop_boxes(noise, height, width, scale):
+    """torchvision's RandomResizedCrop rule on given noise [N, 22]: boxes [N, 4] of (top, left, height, width).
+
+    Ten tries of an area in `scale` and an aspect ratio in (3/4, 4/3); the first that fits is taken, else the largest
+    central box of an allowed ratio.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * noise[:, :10])
+    log = math.log(4 / 3)
+    ratio = torch.exp(log * (2 * noise[:, 10:20] - 1))
+    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()  # [N, 10]
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    fallback_w = min(width, round(height * 4 / 3))
+    fallback_h = min(height, round(width * 4 / 3))
+    w = torch.where(fits.any(1), w.gather(1, first)[:, 0], fallback_w)
+    h = torch.where(fits.any(1), h.gather(1, first)[:, 0], fallback_h)
+    y, x = noise[:, 20], noise[:, 21]
+    y, x = (torch.where(fits.any(1), v, 0.5) for v in (y, x))
+    top, left = (y * (height - h + 1)).long(), (x * (width - w + 1)).long()
+    return torch.stack([top, left, h, w], 1)
+
+
+def _resample(start, length, source, size):
+    """Matrices [N, size, source] of antialiased bicubic resampling (a = −1/2, as PIL) of [start, start + length)."""
+    scale = (length / size)[:, None, None]
+    centre = start[:, None, None] + (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
+    position = torch.arange(source, device=start.device) + 0.5
+    d = ((position - centre) / scale.clamp(min=1)).abs()
+    weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((2.5 - 0.5 * d) * d - 4) * d + 2, 0))
+    inside = (position > start[:, None, None]) & (position < (start + length)[:, None, None])
+    weight = weight * inside
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, size):
+    """Cuts a box of its own from every image and resizes it (bicubic, antialiased) as two matrix products.
+
+    images [N, 3, H, W] uint8, boxes [N, 4] of (top, left, height, width) → [N, 3, size, size] uint8.
+    """
+    top, left, h, w = boxes.float().unbind(1)
+    rows = _resample(top, h, images.shape[-2], size)[:, None]  # [N, 1, size, H]
+    columns = _resample(left, w, images.shape[-1], size)[:, None]
+    return (rows @ images.float() @ columns.transpose(-2, -1)).round_().clamp_(0, 255).byte()
+
+
+@dataclass
+class RandomCrops:
+    """Cuts views of a PIL image by the noise of (seed, epoch, index): called in the workers."""
+
+    views: list
+    seed: int
+
+    def boxes(self, epoch, index, height, width):
+        """Boxes [N, 4] for each view, for dataset indices [N]."""
+        for v, view in enumerate(self.views):
+            yield crop_boxes(uniform((self.seed, epoch, "crop", v), index, 22), height, width, view.scale)
+
+    def __call__(self, image, epoch, index):
+        views = []
+        for view, box in zip(self.views, self.boxes(epoch, torch.tensor([index]), image.height, image.width)):
+            top, left, h, w = box[0].tolist()
+            box = (left, top, left + w, top + h)
+            views.append(_to_uint8(image.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box)))
+        return views
+
+
+@dataclass
+class CenterCrop:
+    """The evaluation crop: shorter side to size · 256 / 224, then the central square; an image that already has the size
+    stays as it is."""
+
+    size: int
+
+    def __call__(self, image, epoch, index):
+        if image.size != (self.size, self.size):
+            f = torchvision.transforms.v2.functional
+            bicubic = torchvision.transforms.InterpolationMode.BICUBIC
+            image = f.center_crop(f.resize(image, [round(self.size * 256 / 224)], bicubic), [self.size, self.size])
+        return [_to_uint8(image)]
+
+
+@dataclass
+class _Decoded(torch.utils.data.Dataset):
+    """(epoch, index) → views, the index used, and the names of unreadable files passed over on the way to it."""
+
+    images: Images
+    cut: object
+
+    def __getitem__(self, key):
+        epoch, index = key
+        bad = []
+        for _ in range(100):
+            try:
+                return self.cut(self.images.open(index), epoch, index), index, bad
+            except UNREADABLE as e:
+                bad.append((self.images.name(index), str(e)))
+                index = (index + 1) % len(self.images)
+        raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
+
+
+def _collate(items):
+    views, index, bad = zip(*items)
+    return [torch.stack(v) for v in zip(*views)], torch.tensor(index), [b for names in bad for b in names]
+
+
+def _worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def decode(images, keys, cut, device, workers, skipped):
+    """Yields (views, index) for lists of (epoch, index): workers decode each image once and cut every view.
+
+    Unreadable images are replaced by the next readable one; each is named once and counted in the dict `skipped`.
+    """
+    loader = torch.utils.data.DataLoader(
+        _Decoded(images, cut),
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_worker,
+        pin_memory=device.type == "cuda",
+    )
+    for views, index, bad in loader:
+        for name, why in bad:
+            if name not in skipped:
+                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
+            skipped[name] = skipped.get(name, 0) + 1
+        yield [v.to(device, non_blocking=True) for v in views], index.to(device, non_blocking=True)
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch of n · world samples."""
+
+    views: list  # of [n, 3, S, S] uint8
+    index: torch.Tensor  # [n] dataset indices
+    labels: torch.Tensor  # [n], −1 where there are none
+    rows: torch.Tensor  # [n] positions in the global batch, on the CPU: the rows of `uniform`
+    epoch: int
+
+
+def batches(images, views, batch, start, stop, seed, device, workers, skipped):
+    """Batches of steps start … stop − 1. The order is a permutation per epoch, cut into global batches (the rest of an
+    epoch is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches.
+
+    Args:
+        views: list of View; batch: global batch size; skipped: dict that counts unreadable images.
+    """
+    n, per_epoch = batch // world(), len(images) // batch
+    rows = torch.arange(n) + rank() * n
+    crops, order = RandomCrops(views, seed), {}
+
+    def indices(step):
+        epoch, part = divmod(step, per_epoch)
+        if epoch not in order:
+            order.clear()
+            order[epoch] = uniform((seed, epoch, "order"), torch.arange(len(images)), 1)[:, 0].argsort(stable=True)
+        return epoch, order[epoch][part * batch :][rows]
+
+    def from_memory():
+        pixels = images.pixels.to(device)
+        for step in range(start, stop):
+            epoch, index = indices(step)
+            index = index.to(device)
+            boxes = crops.boxes(epoch, index, *pixels.shape[2:])
+            yield [crop_resize(pixels[index], b, v.size) for v, b in zip(views, boxes)], index
+
+    def keys():
+        for step in range(start, stop):
+            epoch, index = indices(step)
+            yield [(epoch, i) for i in index.tolist()]
+
+    source = from_memory() if images.pixels is not None else decode(images, keys(), crops, device, workers, skipped)
+    labels = images.labels.to(device)
+    for step, (cut, index) in zip(range(start, stop), source):
+        epoch = step // per_epoch
+        for v, view in enumerate(views):
+            if view.flip:
+                flip = uniform((seed, epoch, "flip", v), index, 1, 1, 1) < 0.5
+                cut[v] = torch.where(flip, cut[v].flip(-1), cut[v])
+        yield Batch(cut, index, labels[index], rows, epoch)
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass
+class Colour:
+    """Colour augmentation of one view, BYOL's kinds: strengths and probabilities; zeros do nothing."""
+
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    p_jitter: float = 0.0
+    p_gray: float = 0.0
+    p_blur: float = 0.0
+    sigma: tuple = (0.1, 2.0)  # of the blur, in pixels
+    p_solarize: float = 0.0
+
+
+def grayscale(x):
+    """[N, 3, H, W] → luma [N, 1, H, W]."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def blend(x, other, factor):
+    """factor · x + (1 − factor) · other within [0, 1]; factor [N]."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def adjust_brightness(x, factor):
+    """torchvision's adjust_brightness with a factor per sample: x [N, 3, H, W] in [0, 1], factor [N]."""
+    return blend(x, torch.zeros_like(x), factor)
+
+
+def adjust_contrast(x, factor):
+    """torchvision's adjust_contrast with a factor per sample."""
+    return blend(x, grayscale(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x, factor):
+    """torchvision's adjust_saturation with a factor per sample."""
+    return blend(x, grayscale(x), factor)
+
+
+def adjust_hue(x, shift):
+    """torchvision's adjust_hue with a shift per sample, in turns (−0.5 … 0.5)."""
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    r, g, b = ((high[:, None] - x) / chroma.where(chroma > 0, 1)[:, None]).unbind(1)
+    top = x.argmax(1)  # the first of equals, as torchvision
+    hue = torch.where(top == 0, b - g, torch.where(top == 1, 2 + r - b, 4 + g - r))
+    hue = (hue / 6 * (chroma > 0) + shift.view(-1, 1, 1)) % 1.0
+    # channel n of HSV → RGB: high − chroma · max(0, min(k, 4 − k, 1)), k = (n + 6 · hue) mod 6, n = 5, 3, 1
+    k = (hue[:, None] * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma):
+    """Gaussian blur with a sigma [N] per sample; the kernel spans a tenth of the side (23 at 224), borders reflect."""
+    n, c, h, w = x.shape
+    radius = max(1, round(0.05 * min(h, w)))
+    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # [N · 3, 1, taps]
+    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
+    x = F.conv2d(F.conv2d(x, kernel[:, :, None], groups=n * c), kernel[..., None], groups=n * c)
+    return x.view(n, c, h, w)
+
+
+def augment(x, colour=None, noise=None):
+    """uint8 views [N, 3, H, W] → standardised float32 (ImageNet's mean and deviation), colours changed on the way.
+
+    noise [N, 13] in [0, 1), on the CPU: which samples get which operation is known there, so the device never waits.
+    Jitter applies its four operations in an order of each sample's own, then gray, blur, solarize.
+    """
+    x = x.float() / 255
+    if colour:
+        draw = lambda low, high, u: low + (high - low) * u
+        on = lambda rows: rows.nonzero()[:, 0].to(x.device, non_blocking=True)
+        jittered, order = noise[:, 0] < colour.p_jitter, noise[:, 1:5].argsort(dim=1, stable=True)
+        operations = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+        for place in range(4):
+            for i, (operation, strength) in enumerate(zip(operations, colour.jitter)):
+                chosen = jittered & (order[:, place] == i)
+                if strength and chosen.any():
+                    centre = 0 if operation is adjust_hue else 1
+                    low = centre - strength if centre == 0 else max(0.0, 1 - strength)
+                    amount = draw(low, centre + strength, noise[chosen, 5 + i]).to(x.device, non_blocking=True)
+                    rows = on(chosen)
+                    x[rows] = operation(x[rows], amount)
+        gray, blur, solar = (noise[:, 9:12] < torch.tensor([colour.p_gray, colour.p_blur, colour.p_solarize])).T
+        if gray.any():
+            rows = on(gray)
+            x[rows] = grayscale(x[rows]).expand(-1, 3, -1, -1)
+        if blur.any():
+            rows, sigma = on(blur), draw(*colour.sigma, noise[blur, 12]).to(x.device, non_blocking=True)
+            x[rows] = gaussian_blur(x[rows], sigma)
+        if solar.any():
+            rows = on(solar)
+            x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass
+class RunSettings:
+    """The flags that every paper's program has and no paper speaks of."""
+
+    data: str = "shapes"  # a built-in set, a torchvision name, or a folder
+    model: str = ""  # see build_vit
+    image_size: int = 224  # pixels
+    out: str = ""  # run folder; default: a fresh numbered one under runs/
+    resume: bool = False  # go on with the run in `out`
+    init: str = ""  # encoder file to start from
+    seed: int = 0
+    precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where the hardware has units for it
+    micro_batch: int = 0  # samples of one process at a time; 0: all
+    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
+    workers: int = -1  # decoding processes of each rank; −1: one for each core, at most 12
+    save_every: int = 0  # steps between checkpoints; 0: one an epoch
+    short: bool = False  # the built-in run in about a minute
+
+
+def parse_settings(cls, presets, argv, description):
+    """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
+
+    Every field of `cls` is a flag of its name. `presets` gets the given flags as a dict and returns field values, among
+    them the model's row of the paper's table. With --resume the run's config.json is the base, and flags that say
+    otherwise are refused.
+
+    Raises:
+        InputError: an unknown flag or value.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message}; --help lists the flags")
+
+    parser = Parser(description=description.strip().splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(cls):
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
+        else:
+            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            many = dict(nargs=len(field.default), type=type(field.default[0])) if isinstance(field.default, tuple) else dict(type=field.type)
+            parser.add_argument(f"--{field.name}", metavar=field.name.upper(), help=f"default {default!r}", **many)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    if not given.get("resume"):
+        return cls(**{**presets(given), **given})
+    config = Path(given.get("out", "")) / "config.json"
+    if not given.get("out") or not config.exists():
+        raise InputError("--resume needs --out DIR with a folder that holds a run")
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config.read_text()).items()}
+    for key, value in given.items():
+        if key not in ("out", "resume", "workers") and saved.get(key) != value:
+            raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
+    return cls(**{**saved, **given})
+
+
+def precision_of(name, device):
+    """The autocast dtype for --precision."""
+    if name == "auto":
+        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if device.type == "cuda" or cpu else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"--precision {name}: choose float32, bfloat16 or auto")
+    return getattr(torch, name)
+
+
+def check_batch(settings, images, batch):
+    """Raises InputError if the global batch does not fit the set, the processes or the micro-batches."""
+    if batch > len(images):
+        raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
+    if batch % world():
+        raise InputError(f"batch {batch} is not divisible by {world()} processes")
+    if settings.micro_batch and (batch // world()) % settings.micro_batch:
+        raise InputError(f"--micro_batch {settings.micro_batch} does not divide a process's batch of {batch // world()}")
+
+
+class Run:
+    """A run's folder and everything around a loop that is not the paper's: resuming, checkpoints, log, progress.
+
+        run = Run(settings, device)
+        for batch in run.steps("mae", images, views, batch, epochs, state=dict(encoder=encoder, optimizer=optimizer)):
+            loss, _ = backward(…)
+            run.optimize(optimizer, loss)
+
+    A stage that the folder's checkpoint has behind it yields no steps; the one it stands in continues where it stopped.
+    Whatever a stage changes is in its `state`. After SIGTERM or SIGINT the step in progress is finished and saved.
+
+    Raises:
+        InputError: the folder holds a run and --resume was not given.
+    """
+
+    def __init__(self, settings, device):
+        self.settings, self.device = settings, device
+        self.precision = precision_of(settings.precision, device)
+        self.workers = settings.workers if settings.workers >= 0 else min(len(os.sched_getaffinity(0)), 12)
+        self.checkpoint, self.finished, self.skipped = None, [], {}
+        self.stage = self.epoch = None
+        self.stop = self.signalled = False
+        self.step = self.bad = 0
+        folder = [settings.out]
+        if rank() == 0:
+            folder = [str(self._folder())]
+        if world() > 1:
+            dist.broadcast_object_list(folder, device=device)
+        self.folder = Path(folder[0])
+        if settings.resume:
+            self.checkpoint = load_file(self.folder / "last.pt") if (self.folder / "last.pt").exists() else None
+            self.finished = self.checkpoint["finished"] if self.checkpoint else []
+        self.results = self._read_results()
+        if rank() == 0 and not settings.resume:
+            config = dataclasses.asdict(settings) | dict(out=str(self.folder), resume=False)
+            write_atomic(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        print0(f"run folder {self.folder}" + (f", resuming {self.checkpoint['stage']}" if self.checkpoint else ""))
+
+    def _folder(self):
+        if self.settings.out:
+            folder = Path(self.settings.out)
+            if (folder / "config.json").exists() and not self.settings.resume:
+                raise InputError(f"--out {folder} already holds a run: add --resume to go on with it, or choose another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        for number in range(1, 100000):
+            with contextlib.suppress(FileExistsError):
+                folder = Path("runs") / f"{number:03d}"
+                folder.mkdir(parents=True)
+                return folder
+
+    def _read_results(self):
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if self.settings.resume and path.exists() else {}
+
+    def report(self, name, values):
+        """Adds a dict of final numbers to results.json under `name`."""
+        self.results[name] = values
+        if rank() == 0:
+            write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1).encode())
+
+    def steps(self, stage, images, views, batch, epochs, state):
+        """Yields the Batches of a stage, from where it stopped; saves `state` (modules and optimizers) as it goes.
+
+        An epoch is len(images) // batch steps. `self.step`, `self.total` and `self.per_epoch` are the loop's counters.
+        """
+        self.stage, self.per_epoch = stage, len(images) // batch
+        self.step, self.total, self.batch, self.bad = 0, round(epochs * self.per_epoch), batch, 0
+        if stage in self.finished:
+            return
+        if self.checkpoint and self.checkpoint["stage"] == stage:
+            self.step = self.checkpoint["step"]
+            for name, part in state.items():
+                load_state(part, self.checkpoint["state"][name], f"{self.folder / 'last.pt'} ({name})")
+            self.checkpoint = None
+        self._open_log()
+        self.clock, self.since, self.shown = time.time(), self.step, time.time()
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        every = self.settings.save_every or self.per_epoch
+        data = batches(images, views, batch, self.step, self.total, self.settings.seed, self.device, self.workers, self.skipped)
+        try:
+            for batch_of_rank in data:
+                self.epoch = self.step // self.per_epoch
+                yield batch_of_rank
+                self.step += 1
+                if self.stop or self.step % every == 0 or self.step == self.total:
+                    self._save(state)
+                if self.stop and self.step < self.total:
+                    flags = f"--out {self.folder} --resume"
+                    print0(f"\nstopped after step {self.step} of {self.total} ({stage}); go on with {sys.argv[0]} {flags}")
+                    raise SystemExit(0)
+        finally:
+            self.log_file.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        if sys.stdout.isatty():
+            print0()
+        self.finished.append(stage)
+        if self.skipped:
+            print0(f"{sum(self.skipped.values())} reads of {len(self.skipped)} unreadable images were skipped")
+
+    def close(self):
+        """Prints the table of results.json, one row a stage."""
+        if self.results:
+            columns = list(next(iter(self.results.values())))
+            print0("".join(f"{c:>13}" for c in [""] + columns))
+            for name, row in self.results.items():
+                print0(f"{name:>13}" + "".join(f"{row[c]:13.1f}" for c in columns))
+        print0(f"everything is in {self.folder}")
+
+    def _on_signal(self, number, frame):
+        self.signalled = True
+
+    def optimize(self, optimizer, loss, log=None, lr_factor=1.0):
+        """Averages gradients over ranks, steps, logs. Returns whether the step was taken.
+
+        A loss or gradient that is not finite skips the step on all ranks; ten in a row end the run.
+
+        Args:
+            loss: this rank's detached loss; log: dict of further scalars (tensors) to average over ranks and log;
+            lr_factor: of every group's peak lr.
+        """
+        lr = set_lr(optimizer, lr_factor)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.settings.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
+        log = log or {}
+        values = [loss, norm, *log.values(), torch.tensor(float(self.signalled))]
+        values = torch.stack([v.detach().float().to(self.device) for v in values])
+        if world() > 1:
+            dist.all_reduce(values)
+        loss, norm, *rest, stop = (values / world()).tolist()  # the one wait for the device in a step
+        self.stop = stop > 0  # some rank was told to: all agree
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            self.bad = 0
+        else:
+            self.bad += 1
+            print0(f"\nstep {self.step} ({self.stage}) skipped: loss {loss}, gradient norm {norm}")
+            if self.bad == 10:
+                raise InputError(f"10 steps in a row were not finite; the last good checkpoint is {self.folder / 'last.pt'}")
+        optimizer.zero_grad(set_to_none=True)
+        self._log(dict(loss=loss, lr=lr, grad_norm=norm, **dict(zip(log, rest))))
+        return finite
+
+    def _log(self, values):
+        now = time.time()
+        rate = (self.step + 1 - self.since) * self.batch / max(now - self.clock, 1e-9)
+        line = dict(stage=self.stage, step=self.step, epoch=self.epoch, **values, images_per_s=round(rate, 1))
+        if rank() == 0:
+            self.log_file.write(json.dumps(line) + "\n")
+        tty = sys.stdout.isatty()
+        if now - self.shown > (0.5 if tty else 10) or self.step + 1 == self.total:
+            self.shown = now
+            left = (self.total - self.step - 1) * self.batch / rate
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            text = f"{self.stage}  epoch {self.epoch + 1}  step {self.step + 1}/{self.total}  {shown}"
+            text += f"  {rate:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
+            print0(text, end="\r" if tty else "\n")
+
+    def _open_log(self):
+        """Opens log.jsonl behind the last line that belongs to the checkpoint."""
+        if rank() != 0:
+            self.log_file = io.StringIO()
+            return
+        path = self.folder / "log.jsonl"
+        keep = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                entry = json.loads(line)
+                if entry["stage"] in self.finished or entry["stage"] == self.stage and entry["step"] < self.step:
+                    keep.append(line)
+        write_atomic(path, "".join(line + "\n" for line in keep).encode())
+        self.log_file = open(path, "a", buffering=1)
+
+    def _save(self, state):
+        if rank() == 0:
+            states = {name: part.state_dict() for name, part in state.items()}
+            save_file(self.folder / "last.pt", dict(stage=self.stage, step=self.step, finished=self.finished, state=states))
+        if world() > 1:
+            dist.barrier()
+
+
+def write_atomic(path, data):
+    """Writes bytes so that `path` holds the old or the new content, whatever happens."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_file(path, content):
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(Path(path), buffer.getbuffer())
+
+
+def load_file(path):
+    """torch.load of tensors and plain values only (argparse.Namespace is allowed for the public MAE files).
+
+    Raises:
+        InputError: no such file, no torch file, or one that holds other objects.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        if "weights_only" not in str(e).lower() and "unsupported" not in str(e).lower():
+            raise InputError(f"{path} is not a readable torch file ({str(e).splitlines()[0]})") from e
+        raise InputError(
+            f"{path} holds more than tensors and plain values, and loading those could run code. If you trust it, strip it once:\n"
+            f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
+            f"    state = content['model'] if 'model' in content else content\n"
+            f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
+        ) from e
+
+
+def load_state(part, state, where):
+    """load_state_dict that names missing, unexpected and misshapen keys in one line.
+
+    Raises:
+        InputError: the state does not fit.
+    """
+    if isinstance(part, nn.Module):
+        own = part.state_dict()
+        faults = [f"{k} is missing" for k in own.keys() - state.keys()]
+        faults += [f"{k} is not expected" for k in state.keys() - own.keys()]
+        for k in own.keys() & state.keys():
+            if own[k].shape != state[k].shape:
+                faults.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
+        if faults:
+            more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise InputError(f"{where} does not fit this model: {'; '.join(sorted(faults)[:4])}{more}")
+    part.load_state_dict(state)
+
+
+def launch(main):
+    """Runs a program's main; input errors become one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------- MAE pre-training
+
+
+def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epochs, weight_decay=0.05, mask_ratio=0.75,
+                 norm_pix=True, views=1, scale=(0.2, 1.0)):  # fmt: skip
+    """MAE pre-training (He et al. 2022): stage "mae" of a run.
+
+    Args:
+        epochs, batch (images of all ranks), lr (at batch 256), warmup_epochs, weight_decay: the recipe.
+        views: views an image, each with a mask of its own (2 in MAE-CT's re-implementation, A.1); the lr does not count
+            them. scale: of the crops.
+    """
+    s = run.settings
+    encoder.freeze(0)
+    peak = lr * batch / 256
+    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay))
+    state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
+
+    def encode(x, noise):
+        x, noise = x.flatten(0, 1), noise.flatten(0, 1)  # [N · V, …]
+        ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
+        pred = decoder(encoder(x, ids_keep), ids_restore)
+        return (), mae_loss(pred, x, mask, norm_pix).view(-1, views).mean(1)
+
+    for data in run.steps("mae", images, [View(s.image_size, scale)] * views, batch, epochs, state):
+        x = torch.stack([augment(v) for v in data.views], 1)  # [N, V, 3, S, S]
+        noise = uniform((s.seed, "mae", run.step, "mask"), data.rows, views, math.prod(encoder.grid), device=run.device)
+        loss, _ = backward(encode, None, (x, noise), s.micro_batch, run.precision)
+        run.optimize(optimizer, loss, lr_factor=warmup_cosine(run.step, run.total, warmup_epochs * run.per_epoch))
+
+
+@torch.no_grad()
+def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
+    """Pictures of a masked autoencoder: x standardised [N, 3, H, W] → (masked input, reconstruction), alike.
+
+    Removed patches are gray in the first; in the second they are the decoder's, visible ones the input's. Predictions of
+    normalised patches get the true patch's mean and deviation back.
+    """
+    ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
+    p, (h, w) = encoder.patch_size, x.shape[-2:]
+    pred, target = promote(decoder(encoder(x, ids_keep), ids_restore)), patchify(x, p)
+    if norm_pix:
+        var, mean = torch.var_mean(target, -1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    mask = mask[..., None]
+    return unpatchify(target * (1 - mask), p, h, w), unpatchify(target * (1 - mask) + pred * mask, p, h, w)
+
+
+# --------------------------------------------------------------------------------------------- weights in and out
+
+HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()} | {192: 3}
+DATA2VEC_NAMES = {
+    "modality_encoders.IMAGE.local_encoder.proj.": "patch_embed.proj.",
+    "modality_encoders.IMAGE.extra_tokens": "cls_token",
+    "modality_encoders.IMAGE.fixed_positional_encoder.positions": "pos_embed",
+    "modality_encoders.IMAGE.context_encoder.norm.": "embed_norm.",
+    "blocks.": "post_blocks.",
+}
+
+
+def save_encoder(path, encoder, **info):
+    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know}.
+
+    "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
+    last block belongs to the feature) and stem, besides `info`.
+    """
+    config = encoder.config | dict(final_norm=not encoder.config["post_norm"], stem="patch") | info
+    save_file(path, dict(model=encoder.state_dict(), encoder=config))
+
+
+def read_encoder(path):
+    """An encoder file, ours or a public one → (state dict under our names, config for ViT).
+
+    Understands files written here, public MAE (encoder-only or with decoder), timm, MAE-CT (no position of [CLS]) and
+    data2vec 2.0 (fairseq's names, stripped of other objects). Classifiers and decoders are left out.
+
+    Raises:
+        InputError: not an encoder that this project knows.
+    """
+    content = load_file(path)
+    state = content
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} is no encoder file: expected a dict of tensors, or one under 'model' or 'state_dict'")
+    if any("modality_encoders.IMAGE." in k for k in state):
+        renamed = {}
+        for key, value in state.items():
+            key = key.removeprefix("model.")
+            old = next((o for o in DATA2VEC_NAMES if key.startswith(o)), None)
+            if old and not key.startswith("_ema"):
+                renamed[DATA2VEC_NAMES[old] + key.removeprefix(old)] = value
+        state = renamed
+    names = r"(cls_token|pos_embed|patch_embed\.proj|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
+    state = {k: v for k, v in state.items() if re.match(names, k)}
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise InputError(f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
+    own = content.get("encoder") if isinstance(content.get("encoder"), dict) else {}
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    if math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]:  # no row for [CLS]
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], 1)
+    if not own and dim not in HEADS_OF_WIDTH:
+        raise InputError(f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
+    config = dict(
+        image_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
+        patch_size=patch,
+        dim=dim,
+        depth=len({k.split(".")[1] for k in state if k.startswith(("blocks.", "post_blocks."))}),
+        heads=own.get("heads") or HEADS_OF_WIDTH[dim],
+        post_norm=any(k.startswith("post_blocks.") for k in state),
+        pool=own.get("pool", "cls"),
+    )
+    return state, config
+
+
+def load_encoder(path, image_size=None):
+    """A ViT built from an encoder file, on the CPU; positions are interpolated if `image_size` differs from the file's."""
+    state, config = read_encoder(path)
+    if image_size:
+        config["image_size"] = image_size
+    encoder = ViT(**config)
+    init_encoder(encoder, path)
+    return encoder
+
+
+def init_encoder(encoder, path):
+    """Loads an encoder file into an encoder of the same width, depth, patch and norm placement (`--init`).
+
+    Raises:
+        InputError: names the keys and shapes that do not fit.
+    """
+    state, config = read_encoder(path)
+    side = config["image_size"] // config["patch_size"]
+    if config["dim"] == encoder.dim:
+        state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
+    load_state(encoder, state, str(path))
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def to_bytes(x):
+    """Standardised views [N, 3, H, W] → uint8 pictures."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((promote(x) * std + mean).clamp(0, 1) * 255).round().byte().cpu()
+
+
+def draw(path, rows, side=64):
+    """A picture of captioned rows of images.
+
+    rows: list of (caption, images, frames): images [N, 3, H, W] uint8, shown `side` pixels wide; frames is None or N
+    colours (name or None) drawn around them.
+    """
+    gap, text = 4, 14
+    width = max(len(images) for _, images, _ in rows) * (side + gap) + gap
+    canvas = Image.new("RGB", (max(width, 240), len(rows) * (side + gap + text) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, (caption, images, frames) in enumerate(rows):
+        top = r * (side + gap + text) + gap
+        pen.text((gap, top - 2), caption, fill="black")
+        for i, image in enumerate(images):
+            left = gap + i * (side + gap)
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (left, top + text))
+            if frames and frames[i]:
+                box = (left - 2, top + text - 2, left + side + 1, top + text + side + 1)
+                pen.rectangle(box, outline=frames[i], width=2)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    write_atomic(Path(path), buffer.getbuffer())

@@ -1,0 +1,422 @@
+"""Evaluation of a frozen encoder: one function per protocol, each a subcommand.
+
+    python eval.py knn     --encoder runs/001/encoder.pt --data /path/to/imagenet
+    python eval.py probe   --encoder runs/001/encoder.pt --data /path/to/imagenet        (writes probe.pt beside it)
+    python eval.py cluster --encoder runs/001/encoder.pt --data /path/to/imagenet
+    torchrun --nproc_per_node 8 eval.py knn --encoder mae_vit_large.pth --data /path/to/imagenet
+
+Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it as JSON
+beside the encoder. What a protocol's text leaves open stands in its function's docstring.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.special import gammaln
+from torch import nn
+
+from common import (
+    BatchNorm, CenterCrop, InputError, View, augment, average_gradients, batches, decode, gather, launch, load_encoder,
+    load_splits, precision_of, print0, rank, save_file, start, uniform, warmup_cosine, world, write_atomic,
+)  # fmt: skip
+
+
+def center_views(images, size, device, workers, index, batch=256):
+    """Yields the evaluation crops of images `index`, uint8 [n, 3, size, size], in order."""
+    if images.pixels is not None and images.pixels.shape[2:] == (size, size):
+        for part in index.split(batch):
+            yield images.pixels[part].to(device)
+        return
+    keys = [[(0, i) for i in part.tolist()] for part in index.split(batch)]
+    for views, _ in decode(images, keys, CenterCrop(size), device, workers, {}):
+        yield views[0]
+
+
+@torch.no_grad()
+def features(encoder, images, device, precision=torch.float32, workers=0):
+    """Pooled features of a whole set, without augmentation: ([N, D] float32 on the device, labels [N]).
+
+    Under torchrun each rank encodes its part and all get the whole.
+    """
+    encoder.eval()
+    share = math.ceil(len(images) / world())
+    index = torch.arange(rank() * share, (rank() + 1) * share) % len(images)
+    out = []
+    for x in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, index):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            out.append(encoder.pooled(encoder(augment(x))).float())
+    encoder.train()
+    return gather(torch.cat(out))[: len(images)], images.labels.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------- k-NN
+
+
+@torch.no_grad()
+def nearest(train_x, test_x, k, chunk=65536):
+    """The k most similar rows of train_x [N, D] for each row of test_x [n, D]: (similarities, indices), both [n, k].
+
+    The training set is visited in chunks, so that similarities take n · chunk values at a time.
+    """
+    best, where = test_x.new_full((len(test_x), 0), 0), torch.empty(len(test_x), 0, dtype=torch.long, device=test_x.device)
+    for first in range(0, len(train_x), chunk):
+        similarity = test_x @ train_x[first : first + chunk].T
+        value, index = similarity.topk(min(k, similarity.shape[1]), 1)
+        best, where = torch.cat([best, value], 1), torch.cat([where, index + first], 1)
+        best, order = best.topk(min(k, best.shape[1]), 1)
+        where = where.gather(1, order)
+    return best, where
+
+
+@torch.no_grad()
+def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardize=False):
+    """Weighted k-NN on cosine similarity (MAE-CT A.3; Wu et al. 2018; DINO): accuracy in percent.
+
+    Votes weigh exp(similarity / temperature), DINO's protocol and MIM-Refiner's C.4; temperature=0 weighs them by the
+    similarity itself, as MAE-CT's text says. `standardize` first subtracts the training mean and divides by the
+    training deviation (MIM-Refiner C.4). Under torchrun each rank classifies its part of the test set.
+
+    Args:
+        train_x [N, D], train_y [N], test_x [n, D], test_y [n]; ks: neighbours, all from one search.
+    Returns:
+        {"knn": best accuracy, "k": its k, "knn_by_k": {k: accuracy}}.
+    Raises:
+        InputError: a k larger than the training set.
+    """
+    if max(ks) > len(train_x):
+        raise InputError(f"k = {max(ks)} is larger than the training set of {len(train_x)}")
+    if standardize:
+        std, mean = torch.std_mean(train_x, 0)
+        train_x, test_x = (train_x - mean) / (std + 1e-6), (test_x - mean) / (std + 1e-6)
+    train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    right = torch.zeros(len(ks), dtype=torch.long, device=test_x.device)
+    for rows in torch.arange(len(test_x))[rank() :: world()].split(1024):
+        similarity, index = nearest(train_x, test_x[rows], max(ks))
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature) if temperature else similarity
+        for i, k in enumerate(ks):
+            votes = similarity.new_zeros(len(rows), classes).scatter_add_(1, train_y[index[:, :k]], weight[:, :k])
+            right[i] += (votes.argmax(1) == test_y[rows]).sum()
+    right = gather(right[None]).sum(0)
+    by_k = {k: 100 * r / len(test_x) for k, r in zip(ks, right.tolist())}
+    best = max(by_k, key=by_k.get)
+    return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
+
+
+# ------------------------------------------------------------------------------------------------- linear probing
+
+PROBE_LRS = tuple(i / 100 for i in range(10, 0, -1))  # Table 11: 0.1, 0.09, … 0.01
+
+
+class Probes(nn.Module):
+    """P linear classifiers behind one non-affine BatchNorm: [N, D] → [P, N, C]; weights normal(0.01), biases 0."""
+
+    def __init__(self, probes, dim, classes, eps=1e-5):
+        super().__init__()
+        self.norm = BatchNorm(dim, affine=False, eps=eps)
+        self.weight = nn.Parameter(torch.empty(probes, classes, dim).normal_(std=0.01))
+        self.bias = nn.Parameter(torch.zeros(probes, classes))
+
+    def forward(self, x):
+        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+
+
+def cached_batches(x, y, batch, epochs, seed=0):
+    """Batches of cached features [N, D], shuffled every epoch; each rank gets its part."""
+    n = batch // world()
+    for epoch in range(epochs):
+        order = uniform((seed, epoch, "order"), torch.arange(len(x)), 1)[:, 0].argsort().to(x.device)
+        for first in range(rank() * n, len(x) // batch * batch, batch):
+            rows = order[first : first + n]
+            yield x[rows], y[rows]
+
+
+@torch.no_grad()
+def augmented_batches(encoder, images, batch, epochs, device, precision, workers, seed=0):
+    """Features of random crops and flips (Table 11), one encoder pass a batch: yields ([n, D], labels [n])."""
+    steps, views = epochs * (len(images) // batch), [View(encoder.grid[0] * encoder.patch_size, (0.08, 1.0))]
+    for data in batches(images, views, batch, 0, steps, seed, device, workers, {}):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            feature = encoder.pooled(encoder(augment(data.views[0]))).float()
+        yield feature, data.labels
+
+
+def probe(train, steps, warmup, test_x, test_y, batch, lrs=PROBE_LRS):
+    """MAE-CT's linear probe (A.3, Table 11): every learning rate of the sweep trained side by side on the same features.
+
+    SGD with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
+    proportional to lr, so each probe's rate is a weight of its loss. As in the paper, the best on the test set is
+    reported.
+
+    Args:
+        train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
+        warmup: steps; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256.
+    Returns:
+        {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr"}, and the Probes.
+    """
+    classes = int(test_y.max()) + 1
+    torch.manual_seed(0)
+    probes = Probes(len(lrs), test_x.shape[1], classes).to(test_x.device)
+    peaks = torch.tensor(lrs, device=test_x.device) * batch / 256
+    optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)
+    for step, (x, y) in enumerate(train):
+        logits = probes(x)  # [P, n, C]
+        losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(lrs)), reduction="none").view(len(lrs), -1).mean(1)
+        (losses * peaks).sum().backward()
+        average_gradients(probes.parameters())
+        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+    probes.eval()
+    with torch.no_grad():
+        right = sum((probes(x).argmax(-1) == y).sum(1) for x, y in zip(test_x.split(4096), test_y.split(4096)))
+    accuracy = (100 * right / len(test_x)).tolist()
+    best = max(range(len(lrs)), key=accuracy.__getitem__)
+    return {"probe": accuracy[best], "lr": lrs[best], "probe_by_lr": dict(zip(lrs, accuracy))}, probes
+
+
+# ------------------------------------------------------------------------------------------------------ clustering
+
+
+def squared_distances(x, centres):
+    """[N, D] and [R, K, D] → [R, N, K]."""
+    return (x.square().sum(-1)[:, None] - 2 * x @ centres.transpose(1, 2) + centres.square().sum(-1)[:, None]).clamp(min=0)
+
+
+@torch.no_grad()
+def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0):
+    """k-means (Lloyd) from k-means++ starts, many runs at once on the device.
+
+    A run has converged when its centres move, in squared length, by less than tolerance · mean feature variance, as in
+    scikit-learn. A cluster that loses all its points keeps its centre.
+
+    Args:
+        x [N, D]; k clusters.
+    Returns:
+        assignments [runs, N] and losses [runs] (sum of squared distances).
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    group = max(1, 2**26 // (len(x) * k))
+    assignments, losses = [], []
+    for first in range(0, runs, group):
+        r = min(group, runs - first)
+        centres = x[torch.randint(len(x), (r, 1), generator=generator, device=x.device)]  # [r, 1, D]
+        nearest = squared_distances(x, centres)[..., 0]  # [r, N]
+        for _ in range(k - 1):
+            chosen = torch.multinomial(nearest.clamp(min=1e-30), 1, generator=generator)
+            centres = torch.cat([centres, x[chosen]], 1)
+            nearest = torch.minimum(nearest, squared_distances(x, x[chosen])[..., 0])
+        for _ in range(iterations):
+            assigned = squared_distances(x, centres).argmin(-1)  # [r, N]
+            onehot = F.one_hot(assigned, k).to(x.dtype)  # [r, N, k]
+            count = onehot.sum(1)[..., None]
+            new = torch.where(count > 0, onehot.transpose(1, 2) @ x / count.clamp(min=1), centres)
+            moved = (new - centres).square().sum((1, 2)).max()
+            centres = new
+            if moved <= tolerance * x.var(0).mean():
+                break
+        distance, assigned = squared_distances(x, centres).min(-1)
+        assignments.append(assigned)
+        losses.append(distance.sum(1))
+    return torch.cat(assignments), torch.cat(losses)
+
+
+def contingency(truth, assigned):
+    """Counts [classes, clusters] from two integer vectors."""
+    classes, clusters = int(truth.max()) + 1, int(assigned.max()) + 1
+    return torch.bincount(truth * clusters + assigned, minlength=classes * clusters).view(classes, clusters).cpu().numpy()
+
+
+def cluster_scores(truth, assigned):
+    """Agreement of clusters with classes (MAE-CT B.3), all in percent.
+
+    cluster_acc: accuracy under the best one-to-one matching (Hungarian); nmi, ami: normalised and adjusted mutual
+    information (arithmetic mean of the entropies); ari: adjusted Rand index.
+    """
+    table = contingency(truth, assigned).astype(np.float64)
+    n, a, b = table.sum(), table.sum(1), table.sum(0)
+    rows, columns = linear_sum_assignment(-table)
+    a, b = a[a > 0], b[b > 0]
+    entropy_a, entropy_b = -(a / n * np.log(a / n)).sum(), -(b / n * np.log(b / n)).sum()
+    i, j = table.nonzero()
+    joint = table[i, j] / n
+    mutual = (joint * np.log(joint * n * n / (table.sum(1)[i] * table.sum(0)[j]))).sum()
+    mean_entropy = (entropy_a + entropy_b) / 2
+    expected = expected_mutual_information(a, b)
+    pairs = lambda v: (v * (v - 1) / 2).sum()
+    by_chance = pairs(a) * pairs(b) / pairs(n)
+    rand = (pairs(table) - by_chance) / ((pairs(a) + pairs(b)) / 2 - by_chance)
+    scores = {
+        "cluster_acc": table[rows, columns].sum() / n,
+        "nmi": mutual / mean_entropy,
+        "ami": (mutual - expected) / (mean_entropy - expected),
+        "ari": rand,
+    }
+    return {name: 100 * float(value) for name, value in scores.items()}
+
+
+def expected_mutual_information(a, b):
+    """Mean mutual information of two random partitions with class sizes a and b (Vinh et al. 2010, Eq. 24a)."""
+    n, total = a.sum(), 0.0
+    log = lambda v: gammaln(v + 1)  # log v!
+    for size in a:
+        nij = np.arange(1, int(min(size, b.max())) + 1)[:, None]  # [m, 1] against b [C]
+        low, high = np.maximum(1, size + b - n), np.minimum(size, b)
+        valid = (nij >= low) & (nij <= high)
+        with np.errstate(invalid="ignore"):
+            weight = np.exp(log(size) + log(b) + log(n - size) + log(n - b) - log(n) - log(nij) - log(size - nij)
+                            - log(b - nij) - log(n - size - b + nij))  # fmt: skip
+            term = nij / n * np.log(n * nij / (size * b)) * weight
+        total += term[valid].sum()
+    return total
+
+
+@torch.no_grad()
+def silhouette(x, y, chunk=1024):
+    """Mean silhouette coefficient of the classes y (Rousseeuw 1987), in percent; classes of one sample count 0."""
+    onehot = F.one_hot(y).to(x.dtype)
+    size = onehot.sum(0)
+    scores = []
+    for part, label in zip(x.split(chunk), y.split(chunk)):
+        sums = torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist") @ onehot  # [n, C]
+        own = label[:, None]
+        inside = sums.gather(1, own)[:, 0] / (size[label] - 1).clamp(min=1)
+        mean = (sums / size).masked_fill(size == 0, math.inf).scatter(1, own, math.inf)
+        outside = mean.min(1).values
+        scores.append(((outside - inside) / torch.maximum(inside, outside)).where(size[label] > 1, 0))
+    return 100 * torch.cat(scores).mean().item()
+
+
+@torch.no_grad()
+def davies_bouldin(x, y):
+    """Davies-Bouldin index of the classes y (1979): 0 is best; classes without samples do not count."""
+    y = y.unique(return_inverse=True)[1]
+    onehot = F.one_hot(y).to(x.dtype)
+    centres = onehot.T @ x / onehot.sum(0)[:, None]
+    spread = onehot.T @ (x - centres[y]).norm(dim=1) / onehot.sum(0)
+    ratio = (spread[:, None] + spread) / torch.cdist(centres, centres).fill_diagonal_(math.inf)
+    return ratio.max(1).values.mean().item()
+
+
+def cluster(x, y, runs=100, normalization="standardize", seed=0):
+    """k-means with as many clusters as classes; the run of the lowest loss is scored (MAE-CT B.3).
+
+    Silhouette and Davies-Bouldin are those of the ground-truth classes, on the same features. The papers use scikit-
+    learn's mini-batch k-means; this is the full one.
+
+    Args:
+        x [N, D], y [N]; normalization: "standardize" (MAE-CT) or "l2" (MIM-Refiner).
+    Returns:
+        dict of cluster_acc, nmi, ami, ari, silhouette (percent), davies_bouldin, loss, and the averages over runs
+        (MAE-CT Table 20) under "average".
+    """
+    if normalization == "standardize":
+        std, mean = torch.std_mean(x, 0, unbiased=False)
+        x = (x - mean) / std.clamp(min=1e-12)
+    else:
+        x = F.normalize(x, dim=1)
+    assigned, losses = kmeans(x, len(y.unique()), runs, seed=seed)
+    every = [cluster_scores(y, a) for a in assigned]
+    best = losses.argmin().item()
+    average = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
+    of_classes = {"silhouette": silhouette(x, y), "davies_bouldin": davies_bouldin(x, y)}
+    return every[best] | of_classes | {"loss": losses[best].item(), "average": average}
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def table(result):
+    """Prints a protocol's numbers, one a line; nested dicts in one line."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{k}: {v:.2f}" for k, v in value.items())
+        print0(f"{name:>16}  {value:.2f}" if isinstance(value, float) else f"{name:>16}  {value}")
+
+
+def run_knn(args, encoder, train, val, device, precision):
+    """Subcommand knn."""
+    x = features(encoder, train, device, precision, args.workers)
+    test = features(encoder, val, device, precision, args.workers)
+    temperature = 0 if args.votes == "similarity" else 0.07
+    return knn(*x, *test, ks=args.k, temperature=temperature, standardize=args.standardize)
+
+
+def run_probe(args, encoder, train, val, device, precision):
+    """Subcommand probe; writes probe.pt beside the encoder."""
+    test = features(encoder, val, device, precision, args.workers)
+    batch = min(args.batch, len(train))
+    per_epoch = len(train) // batch
+    if args.cached:
+        stream = cached_batches(*features(encoder, train, device, precision, args.workers), batch, args.epochs)
+    else:
+        stream = augmented_batches(encoder, train, batch, args.epochs, device, precision, args.workers)
+    result, probes = probe(stream, args.epochs * per_epoch, args.epochs // 10 * per_epoch, *test, batch)
+    if rank() == 0:
+        best = PROBE_LRS.index(result["lr"])
+        head = dict(mean=probes.norm.running_mean, var=probes.norm.running_var, eps=probes.norm.eps)
+        head |= dict(weight=probes.weight[best].detach(), bias=probes.bias[best].detach(), classes=train.classes)
+        save_file(args.encoder.parent / "probe.pt", head)
+    return result | {"cached": args.cached}
+
+
+def run_cluster(args, encoder, train, val, device, precision):
+    """Subcommand cluster, on the validation set."""
+    return cluster(*features(encoder, val, device, precision, args.workers), args.runs, args.normalization)
+
+
+def main(argv):
+    """Parses the subcommand, loads encoder and data, prints the result and writes PROTOCOL.json beside the encoder."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message}; --help lists the flags")
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="protocol", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--encoder", type=Path, required=True, help="encoder file, ours or a public one")
+    common.add_argument("--data", default="shapes", help="built-in set, folder with train/ and val/, or torchvision name")
+    common.add_argument("--image_size", type=int, help="default: the encoder's")
+    common.add_argument("--pool", choices=["cls", "mean"], help="default: the encoder's")
+    common.add_argument("--precision", default="auto")
+    common.add_argument("--workers", type=int, default=4)
+    p = commands.add_parser("knn", parents=[common], help=knn.__doc__.splitlines()[0])
+    p.add_argument("--k", type=int, nargs="+", default=[10])
+    p.add_argument("--votes", choices=["exp", "similarity"], default="exp")
+    p.add_argument("--standardize", action="store_true")
+    p.set_defaults(run=run_knn)
+    p = commands.add_parser("probe", parents=[common], help=probe.__doc__.splitlines()[0])
+    p.add_argument("--epochs", type=int, default=50)
+    p.add_argument("--batch", type=int, default=1024)
+    p.add_argument("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
+    p.set_defaults(run=run_probe)
+    p = commands.add_parser("cluster", parents=[common], help=cluster.__doc__.splitlines()[0])
+    p.add_argument("--runs", type=int, default=100)
+    p.add_argument("--normalization", choices=["standardize", "l2"], default="standardize")
+    p.set_defaults(run=run_cluster)
+    args = parser.parse_args(argv)
+
+    device = start()
+    encoder = load_encoder(args.encoder, args.image_size)
+    encoder.pool = args.pool or encoder.pool
+    encoder.to(device).requires_grad_(False)
+    train, val = load_splits(args.data, labels=True)
+    if val is None:
+        raise InputError(f"--data {args.data}: there is no val/ or test/ to evaluate on")
+    result = args.run(args, encoder, train, val, device, precision_of(args.precision, device))
+    table(result)
+    if rank() == 0:
+        setting = {k: str(v) for k, v in vars(args).items() if k != "run"}
+        write_atomic(args.encoder.parent / f"{args.protocol}.json", json.dumps(setting | result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    launch(main)
