@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +22,6 @@ import re
 import signal
 import sys
 import time
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class InputError(ValueError):
 def start() -> torch.device:
     """Joins torchrun's process group, or runs alone; returns this process's device."""
     cuda = torch.cuda.is_available()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch projection too
     if "WORLD_SIZE" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -133,8 +134,9 @@ class BatchNorm(nn.Module):
             var = (squares + n * (means - mean).square()).sum(0) / (n * world())
             with torch.no_grad():
                 unbiased = var * (n * world() / max(n * world() - 1, 1))
-                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    new = torch.where(new.isfinite(), new.to(running), running)  # a step that is skipped leaves no trace
+                    running.lerp_(new, self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
         x = (x - mean.unsqueeze(-2)) * (var + self.eps).rsqrt().unsqueeze(-2)
@@ -160,7 +162,7 @@ def uniform(key, rows, *shape, device=None):
     `key` is a tuple such as (seed, step, "mask"); `rows` [N] int64 are positions in the global batch (or indices of
     samples). Since no generator has a state, 1, 2 or 8 processes, split batches or resumed runs draw the same numbers.
     """
-    rows = rows.to(device or rows.device)
+    rows = rows.to(device or rows.device, non_blocking=True)
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     golden = -0x61C8864680B583EB
     row = _mix(rows * golden + int.from_bytes(digest, "little", signed=True))
@@ -223,6 +225,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise InputError(f"width {dim} is not divisible by {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -296,8 +300,6 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is not divisible by the patch size {patch_size}")
-        if dim % heads:
-            raise InputError(f"width {dim} is not divisible by {heads} heads")
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
         self.config |= dict(post_norm=post_norm, pool=pool)
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
@@ -355,9 +357,8 @@ class ViT(nn.Module):
         for i, block in enumerate(self.stack(), 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
                 x = block(x, None if drop is None else drop[:, i - 1])
-            outputs[i] = x
-            if blocks is None:
-                outputs.clear()
+            if blocks and i in blocks:
+                outputs[i] = x
         return self.norm(x) if blocks is None else [outputs[b] for b in blocks]
 
     def pooled(self, tokens):
@@ -569,7 +570,7 @@ def frozen_copy(module):
 
 
 def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
-    """Forward and backward of one step, in one piece or in micro-batches with the same numbers (DESIGN of all papers).
+    """Forward and backward of one step, in one piece or in micro-batches with the same numbers.
 
     encode works on each sample by itself, objective on the whole (global) batch. In micro-batches the features are
     first computed without gradient, the objective then gives the gradient of every feature, and each micro-batch is
@@ -587,6 +588,8 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     """
     n = len(inputs[0])
     micro_batch = micro_batch or n
+    if n % micro_batch:
+        raise InputError(f"micro-batches of {micro_batch} do not divide {n} samples")
     pieces = [t.split(micro_batch) if t is not None else [None] * (n // micro_batch) for t in inputs]
     chunks = list(zip(*pieces))
     autocast = lambda: torch.autocast(inputs[0].device.type, precision, enabled=precision != torch.float32)
@@ -618,13 +621,14 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     for chunk, gradient in zip(chunks, gradients):
         with autocast():
             features, sample_loss = encode(*chunk)
-        outputs, grads = list(features) if gradient else [], list(gradient)
+        pairs = list(zip(features, gradient))
         if sample_loss is not None:
-            outputs, grads = outputs + [sample_loss], grads + [torch.full_like(sample_loss, 1 / n)]
+            pairs.append((sample_loss, torch.full_like(sample_loss, 1 / n)))
             loss = loss + sample_loss.detach().sum() / n
-        if not any(o.requires_grad for o in outputs):  # a frozen encoder: only the heads learn
+        pairs = [(o, g) for o, g in pairs if o.requires_grad]
+        if not pairs:  # a frozen encoder: only the heads learn
             break
-        torch.autograd.backward(outputs, grads)
+        torch.autograd.backward(*zip(*pairs))
     return loss, aux
 
 
@@ -685,7 +689,7 @@ class Images:
     classes: list
     pixels: torch.Tensor = None  # [N, 3, H, W] uint8
     masks: torch.Tensor = None  # [N, H, W] bool, the object's pixels (shapes only)
-    files: list = None
+    files: np.ndarray = None  # [N] names as bytes: one block of memory, which forked workers share
     dataset: object = None
 
     def __len__(self):
@@ -693,13 +697,13 @@ class Images:
 
     def name(self, i):
         """What to call image i when it cannot be read."""
-        return str(self.files[i]) if self.files else f"image {i}"
+        return f"image {i}" if self.files is None else os.fsdecode(self.files[i])
 
     def open(self, i):
         """Image i as an RGB PIL image."""
         if self.pixels is not None:
             return Image.fromarray(self.pixels[i].permute(1, 2, 0).numpy())
-        image = Image.open(self.files[i]) if self.files else self.dataset[i][0]
+        image = self.dataset[i][0] if self.files is None else Image.open(self.name(i))
         return image.convert("RGB")
 
 
@@ -745,18 +749,21 @@ def _load_folder(root, split, labels):
     if folder == root and labels:
         wanted = " or ".join(f"{n}/" for n in names)
         raise InputError(f"--data {root}: labels are needed, but there is no {wanted} with one folder per class")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    walk = os.walk(folder, followlinks=True)
+    files = sorted(os.path.join(at, f) for at, _, names in walk for f in names if Path(f).suffix.lower() in SUFFIXES)
     if not files:
         raise InputError(f"--data {root}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
-    loose = [p for p in files if p.parent == folder]
+    parts = [os.path.relpath(f, folder).split(os.sep) for f in files]
+    loose = next((f for f, p in zip(files, parts) if len(p) == 1), None)
     if loose and labels:
-        raise InputError(f"--data {root}: labels are needed, but {loose[0]} lies in no class folder of {folder}")
+        raise InputError(f"--data {root}: labels are needed, but {loose} lies in no class folder of {folder}")
     if folder == root or loose:
-        return Images(torch.full((len(files),), -1), [], files=files)
-    of = [p.relative_to(folder).parts[0] for p in files]
-    classes = sorted(set(of))
+        print0(f"{folder} is taken without labels" + (f": {loose} lies in no class folder" if loose else ""))
+        return Images(torch.full((len(files),), -1), [], files=np.array([os.fsencode(f) for f in files]))
+    classes = sorted({p[0] for p in parts})
     number = {c: i for i, c in enumerate(classes)}
-    return Images(torch.tensor([number[c] for c in of]), classes, files=files)
+    labels = torch.tensor([number[p[0]] for p in parts])
+    return Images(labels, classes, files=np.array([os.fsencode(f) for f in files]))
 
 
 def _load_torchvision(name, split):
@@ -764,7 +771,11 @@ def _load_torchvision(name, split):
     accepted = cls.__init__.__code__.co_varnames
     choice = dict(train=train) if "train" in accepted else dict(split="train" if train else "test")
     try:
-        dataset = cls("data", download=True, **choice)
+        if rank() == 0:
+            cls("data", download=True, **choice)
+        if world() > 1:
+            dist.barrier()
+        dataset = cls("data", **choice)
     except (TypeError, ValueError, RuntimeError, OSError) as e:
         raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
     labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
@@ -783,7 +794,7 @@ def _fit_in_memory(images):
     """Decodes a set of small images of one size; returns other sets as they are."""
     try:
         first = images.open(0)
-    except OSError:
+    except UNREADABLE:
         return images
     if first.width * first.height * 3 * len(images) > IN_MEMORY:
         return images
@@ -890,7 +901,7 @@ def shapes(split, size=48):
 
 def _rgb(hue, saturation, value):
     """HSV → RGB for [n, 1, 1] values: [n, 3, 1, 1]."""
-    k = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    k = (hue[:, None] * 6 + channels((5, 3, 1), hue.device, hue.dtype)) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
@@ -919,9 +930,9 @@ def crop_boxes(noise, height, width, scale):
     fallback_h = min(height, round(width * 4 / 3))
     w = torch.where(fits.any(1), w.gather(1, first)[:, 0], fallback_w)
     h = torch.where(fits.any(1), h.gather(1, first)[:, 0], fallback_h)
-    y, x = noise[:, 20], noise[:, 21]
-    y, x = (torch.where(fits.any(1), v, 0.5) for v in (y, x))
-    top, left = (y * (height - h + 1)).long(), (x * (width - w + 1)).long()
+    top, left = (noise[:, 20] * (height - h + 1)).long(), (noise[:, 21] * (width - w + 1)).long()
+    top = torch.where(fits.any(1), top, (height - h) // 2)
+    left = torch.where(fits.any(1), left, (width - w) // 2)
     return torch.stack([top, left, h, w], 1)
 
 
@@ -964,8 +975,8 @@ class RandomCrops:
         views = []
         for view, box in zip(self.views, self.boxes(epoch, torch.tensor([index]), image.height, image.width)):
             top, left, h, w = box[0].tolist()
-            box = (left, top, left + w, top + h)
-            views.append(_to_uint8(image.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box)))
+            crop = image.crop((left, top, left + w, top + h))
+            views.append(_to_uint8(crop.resize((view.size, view.size), Image.Resampling.BICUBIC)))
         return views
 
 
@@ -1009,8 +1020,8 @@ def _collate(items):
 
 
 def _worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for s in (signal.SIGINT, signal.SIGTERM):  # a launcher signals the whole group; the parent decides when to stop
+        signal.signal(s, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -1068,7 +1079,7 @@ def batches(images, views, batch, start, stop, seed, device, workers, skipped):
         pixels = images.pixels.to(device)
         for step in range(start, stop):
             epoch, index = indices(step)
-            index = index.to(device)
+            index = index.to(device, non_blocking=True)
             boxes = crops.boxes(epoch, index, *pixels.shape[2:])
             yield [crop_resize(pixels[index], b, v.size) for v, b in zip(views, boxes)], index
 
@@ -1103,9 +1114,15 @@ class Colour:
     p_solarize: float = 0.0
 
 
+@functools.cache
+def channels(values, device, dtype):
+    """Three constants as [3, 1, 1], copied to the device once: every such copy waits for the device."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
 def grayscale(x):
     """[N, 3, H, W] → luma [N, 1, H, W]."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return (x * channels((0.2989, 0.587, 0.114), x.device, x.dtype)).sum(1, keepdim=True)
 
 
 def blend(x, other, factor):
@@ -1138,7 +1155,7 @@ def adjust_hue(x, shift):
     hue = torch.where(top == 0, b - g, torch.where(top == 1, 2 + r - b, 4 + g - r))
     hue = (hue / 6 * (chroma > 0) + shift.view(-1, 1, 1)) % 1.0
     # channel n of HSV → RGB: high − chroma · max(0, min(k, 4 − k, 1)), k = (n + 6 · hue) mod 6, n = 5, 3, 1
-    k = (hue[:, None] * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    k = (hue[:, None] * 6 + channels((5, 3, 1), x.device, x.dtype)) % 6
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1185,8 +1202,7 @@ def augment(x, colour=None, noise=None):
         if solar.any():
             rows = on(solar)
             x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
@@ -1206,9 +1222,16 @@ class RunSettings:
     precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where the hardware has units for it
     micro_batch: int = 0  # samples of one process at a time; 0: all
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
-    workers: int = -1  # decoding processes of each rank; −1: one for each core, at most 12
+    workers: int = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
     save_every: int = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in about a minute
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
 
 
 def parse_settings(cls, presets, argv, description):
@@ -1221,26 +1244,17 @@ def parse_settings(cls, presets, argv, description):
     Raises:
         InputError: an unknown flag or value.
     """
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; --help lists the flags")
-
-    parser = Parser(description=description.strip().splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
-        else:
-            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            many = dict(nargs=len(field.default), type=type(field.default[0])) if isinstance(field.default, tuple) else dict(type=field.type)
-            parser.add_argument(f"--{field.name}", metavar=field.name.upper(), help=f"default {default!r}", **many)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
+        parser.add_argument(f"--{field.name}", help=f"default {field.default!r}", **kind)
+    given = vars(parser.parse_args(argv))
     if not given.get("resume"):
         return cls(**{**presets(given), **given})
     config = Path(given.get("out", "")) / "config.json"
     if not given.get("out") or not config.exists():
         raise InputError("--resume needs --out DIR with a folder that holds a run")
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config.read_text()).items()}
+    saved = json.loads(config.read_text())
     for key, value in given.items():
         if key not in ("out", "resume", "workers") and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
@@ -1250,8 +1264,11 @@ def parse_settings(cls, presets, argv, description):
 def precision_of(name, device):
     """The autocast dtype for --precision."""
     if name == "auto":
-        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if device.type == "cuda" or cpu else torch.float32
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
     if name not in ("float32", "bfloat16"):
         raise InputError(f"--precision {name}: choose float32, bfloat16 or auto")
     return getattr(torch, name)
@@ -1285,7 +1302,8 @@ class Run:
     def __init__(self, settings, device):
         self.settings, self.device = settings, device
         self.precision = precision_of(settings.precision, device)
-        self.workers = settings.workers if settings.workers >= 0 else min(len(os.sched_getaffinity(0)), 12)
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = settings.workers if settings.workers >= 0 else min(max(cores, 1), 12)
         self.checkpoint, self.finished, self.skipped = None, [], {}
         self.stage = self.epoch = None
         self.stop = self.signalled = False
@@ -1303,13 +1321,17 @@ class Run:
         if rank() == 0 and not settings.resume:
             config = dataclasses.asdict(settings) | dict(out=str(self.folder), resume=False)
             write_atomic(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        if world() > 1:
+            dist.barrier()
+            if not (self.folder / "config.json").exists():
+                raise InputError(f"rank 0's run folder {self.folder} is not visible here: put it where all nodes see it")
         print0(f"run folder {self.folder}" + (f", resuming {self.checkpoint['stage']}" if self.checkpoint else ""))
 
     def _folder(self):
         if self.settings.out:
             folder = Path(self.settings.out)
             if (folder / "config.json").exists() and not self.settings.resume:
-                raise InputError(f"--out {folder} already holds a run: add --resume to go on with it, or choose another folder")
+                raise InputError(f"--out {folder} holds a run: add --resume to go on with it, or choose another folder")
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         for number in range(1, 100000):
@@ -1346,9 +1368,9 @@ class Run:
         self.clock, self.since, self.shown = time.time(), self.step, time.time()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         every = self.settings.save_every or self.per_epoch
-        data = batches(images, views, batch, self.step, self.total, self.settings.seed, self.device, self.workers, self.skipped)
+        where = (self.step, self.total, self.settings.seed, self.device, self.workers, self.skipped)
         try:
-            for batch_of_rank in data:
+            for batch_of_rank in batches(images, views, batch, *where):
                 self.epoch = self.step // self.per_epoch
                 yield batch_of_rank
                 self.step += 1
@@ -1418,7 +1440,8 @@ class Run:
     def _log(self, values):
         now = time.time()
         rate = (self.step + 1 - self.since) * self.batch / max(now - self.clock, 1e-9)
-        line = dict(stage=self.stage, step=self.step, epoch=self.epoch, **values, images_per_s=round(rate, 1))
+        line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1))
+        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         if rank() == 0:
             self.log_file.write(json.dumps(line) + "\n")
         tty = sys.stdout.isatty()
@@ -1454,10 +1477,14 @@ class Run:
 
 
 def write_atomic(path, data):
-    """Writes bytes so that `path` holds the old or the new content, whatever happens."""
+    """Writes bytes so that `path` holds the old or the new content, whatever happens.
+
+    data: bytes, or a function that writes them to the open file it is given.
+    """
+    path = Path(path)
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as f:
-        f.write(data)
+        data(f) if callable(data) else f.write(data)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -1465,9 +1492,7 @@ def write_atomic(path, data):
 
 def save_file(path, content):
     """torch.save, atomically."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(Path(path), buffer.getbuffer())
+    write_atomic(path, lambda f: torch.save(content, f))
 
 
 def load_file(path):
@@ -1485,7 +1510,7 @@ def load_file(path):
         if "weights_only" not in str(e).lower() and "unsupported" not in str(e).lower():
             raise InputError(f"{path} is not a readable torch file ({str(e).splitlines()[0]})") from e
         raise InputError(
-            f"{path} holds more than tensors and plain values, and loading those could run code. If you trust it, strip it once:\n"
+            f"{path} holds more than tensors and plain values; loading it could run code. If you trust it, strip it once:\n"
             f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
             f"    state = content['model'] if 'model' in content else content\n"
             f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
@@ -1516,12 +1541,11 @@ def launch(main):
     try:
         main(sys.argv[1:])
     except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        where = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{where}{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------- MAE pre-training
@@ -1574,7 +1598,7 @@ def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
 
 # --------------------------------------------------------------------------------------------- weights in and out
 
-HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()} | {192: 3}
+HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()}  # of public files, which do not say
 DATA2VEC_NAMES = {
     "modality_encoders.IMAGE.local_encoder.proj.": "patch_embed.proj.",
     "modality_encoders.IMAGE.extra_tokens": "cls_token",
@@ -1607,6 +1631,8 @@ def read_encoder(path):
     state = content
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if isinstance(state, dict):  # fairseq keeps a second, nested copy
+        state = {k: v for k, v in state.items() if not str(k).removeprefix("model.").startswith("_ema")}
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} is no encoder file: expected a dict of tensors, or one under 'model' or 'state_dict'")
     if any("modality_encoders.IMAGE." in k for k in state):
@@ -1614,7 +1640,7 @@ def read_encoder(path):
         for key, value in state.items():
             key = key.removeprefix("model.")
             old = next((o for o in DATA2VEC_NAMES if key.startswith(o)), None)
-            if old and not key.startswith("_ema"):
+            if old:
                 renamed[DATA2VEC_NAMES[old] + key.removeprefix(old)] = value
         state = renamed
     names = r"(cls_token|pos_embed|patch_embed\.proj|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
@@ -1642,10 +1668,10 @@ def read_encoder(path):
 def load_encoder(path, image_size=None):
     """A ViT built from an encoder file, on the CPU; positions are interpolated if `image_size` differs from the file's."""
     state, config = read_encoder(path)
-    if image_size:
-        config["image_size"] = image_size
+    side = config["image_size"] // config["patch_size"]
+    config["image_size"] = image_size or config["image_size"]
     encoder = ViT(**config)
-    init_encoder(encoder, path)
+    _load_weights(encoder, state, side, path)
     return encoder
 
 
@@ -1656,8 +1682,11 @@ def init_encoder(encoder, path):
         InputError: names the keys and shapes that do not fit.
     """
     state, config = read_encoder(path)
-    side = config["image_size"] // config["patch_size"]
-    if config["dim"] == encoder.dim:
+    _load_weights(encoder, state, config["image_size"] // config["patch_size"], path)
+
+
+def _load_weights(encoder, state, side, path):
+    if state["pos_embed"].shape[-1] == encoder.dim:
         state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
     load_state(encoder, state, str(path))
 
@@ -1667,8 +1696,9 @@ def init_encoder(encoder, path):
 
 def to_bytes(x):
     """Standardised views [N, 3, H, W] → uint8 pictures."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return ((promote(x) * std + mean).clamp(0, 1) * 255).round().byte().cpu()
+    x = promote(x)
+    x = x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)
+    return (x.clamp(0, 1) * 255).round().byte().cpu()
 
 
 def draw(path, rows, side=64):
@@ -1691,6 +1721,4 @@ def draw(path, rows, side=64):
             if frames and frames[i]:
                 box = (left - 2, top + text - 2, left + side + 1, top + text + side + 1)
                 pen.rectangle(box, outline=frames[i], width=2)
-    buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
-    write_atomic(Path(path), buffer.getbuffer())
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))

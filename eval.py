@@ -12,7 +12,6 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,37 +22,41 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, View, augment, average_gradients, batches, decode, gather, launch, load_encoder,
-    load_splits, precision_of, print0, rank, save_file, start, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, InputError, Parser, View, augment, average_gradients, batches, decode, gather, launch,
+    load_encoder, load_splits, precision_of, print0, promote, rank, save_file, start, uniform, warmup_cosine, world,
+    write_atomic,
 )  # fmt: skip
 
 
 def center_views(images, size, device, workers, index, batch=256):
-    """Yields the evaluation crops of images `index`, uint8 [n, 3, size, size], in order."""
+    """Yields (evaluation crops uint8 [n, 3, size, size], their indices [n]) of images `index`, in order; an unreadable
+    image is replaced by another, whose index it then has."""
     if images.pixels is not None and images.pixels.shape[2:] == (size, size):
         for part in index.split(batch):
-            yield images.pixels[part].to(device)
+            yield images.pixels[part].to(device), part.to(device)
         return
     keys = [[(0, i) for i in part.tolist()] for part in index.split(batch)]
-    for views, _ in decode(images, keys, CenterCrop(size), device, workers, {}):
-        yield views[0]
+    for views, used in decode(images, keys, CenterCrop(size), device, workers, {}):
+        yield views[0], used
 
 
 @torch.no_grad()
 def features(encoder, images, device, precision=torch.float32, workers=0):
-    """Pooled features of a whole set, without augmentation: ([N, D] float32 on the device, labels [N]).
+    """Pooled features of a whole set, without augmentation: ([N, D], labels [N]), both on the device.
 
     Under torchrun each rank encodes its part and all get the whole.
     """
     encoder.eval()
     share = math.ceil(len(images) / world())
     index = torch.arange(rank() * share, (rank() + 1) * share) % len(images)
-    out = []
-    for x in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, index):
+    out, used = [], []
+    for x, at in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, index):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            out.append(encoder.pooled(encoder(augment(x))).float())
+            out.append(promote(encoder.pooled(encoder(augment(x)))))
+        used.append(at)
     encoder.train()
-    return gather(torch.cat(out))[: len(images)], images.labels.to(device)
+    used = gather(torch.cat(used))[: len(images)]
+    return gather(torch.cat(out))[: len(images)], images.labels.to(device)[used]
 
 
 # ---------------------------------------------------------------------------------------------------------- k-NN
@@ -144,11 +147,11 @@ def augmented_batches(encoder, images, batch, epochs, device, precision, workers
     steps, views = epochs * (len(images) // batch), [View(encoder.grid[0] * encoder.patch_size, (0.08, 1.0))]
     for data in batches(images, views, batch, 0, steps, seed, device, workers, {}):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            feature = encoder.pooled(encoder(augment(data.views[0]))).float()
+            feature = promote(encoder.pooled(encoder(augment(data.views[0]))))
         yield feature, data.labels
 
 
-def probe(train, steps, warmup, test_x, test_y, batch, lrs=PROBE_LRS):
+def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
     """MAE-CT's linear probe (A.3, Table 11): every learning rate of the sweep trained side by side on the same features.
 
     SGD with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
@@ -157,11 +160,10 @@ def probe(train, steps, warmup, test_x, test_y, batch, lrs=PROBE_LRS):
 
     Args:
         train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
-        warmup: steps; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256.
+        warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256.
     Returns:
         {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr"}, and the Probes.
     """
-    classes = int(test_y.max()) + 1
     torch.manual_seed(0)
     probes = Probes(len(lrs), test_x.shape[1], classes).to(test_x.device)
     peaks = torch.tensor(lrs, device=test_x.device) * batch / 256
@@ -194,8 +196,8 @@ def squared_distances(x, centres):
 def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0):
     """k-means (Lloyd) from k-means++ starts, many runs at once on the device.
 
-    A run has converged when its centres move, in squared length, by less than tolerance · mean feature variance, as in
-    scikit-learn. A cluster that loses all its points keeps its centre.
+    Iterations end when no run's centres move, in squared length, by more than tolerance · mean feature variance (scikit-
+    learn's rule for each run). A cluster that loses all its points keeps its centre.
 
     Args:
         x [N, D]; k clusters.
@@ -266,7 +268,8 @@ def expected_mutual_information(a, b):
     """Mean mutual information of two random partitions with class sizes a and b (Vinh et al. 2010, Eq. 24a)."""
     n, total = a.sum(), 0.0
     log = lambda v: gammaln(v + 1)  # log v!
-    for size in a:
+    b, times_b = np.unique(b, return_counts=True)  # classes and clusters of one size share their terms
+    for size, times in zip(*np.unique(a, return_counts=True)):
         nij = np.arange(1, int(min(size, b.max())) + 1)[:, None]  # [m, 1] against b [C]
         low, high = np.maximum(1, size + b - n), np.minimum(size, b)
         valid = (nij >= low) & (nij <= high)
@@ -274,7 +277,7 @@ def expected_mutual_information(a, b):
             weight = np.exp(log(size) + log(b) + log(n - size) + log(n - b) - log(n) - log(nij) - log(size - nij)
                             - log(b - nij) - log(n - size - b + nij))  # fmt: skip
             term = nij / n * np.log(n * nij / (size * b)) * weight
-        total += term[valid].sum()
+        total += times * (np.where(valid, term, 0) * times_b).sum()
     return total
 
 
@@ -358,7 +361,8 @@ def run_probe(args, encoder, train, val, device, precision):
         stream = cached_batches(*features(encoder, train, device, precision, args.workers), batch, args.epochs)
     else:
         stream = augmented_batches(encoder, train, batch, args.epochs, device, precision, args.workers)
-    result, probes = probe(stream, args.epochs * per_epoch, args.epochs // 10 * per_epoch, *test, batch)
+    warmup = args.epochs // 10 * per_epoch
+    result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
     if rank() == 0:
         best = PROBE_LRS.index(result["lr"])
         head = dict(mean=probes.norm.running_mean, var=probes.norm.running_var, eps=probes.norm.eps)
@@ -374,11 +378,6 @@ def run_cluster(args, encoder, train, val, device, precision):
 
 def main(argv):
     """Parses the subcommand, loads encoder and data, prints the result and writes PROTOCOL.json beside the encoder."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; --help lists the flags")
-
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="protocol", required=True)
     common = argparse.ArgumentParser(add_help=False)

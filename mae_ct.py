@@ -9,7 +9,7 @@ No augmentation but crop and flip is needed; the neighbours are the augmentation
 
     python mae_ct.py                                                    # all of it on built-in data, in minutes
     torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16
-    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 --init mae_vit_large.pth --stages head,ct
+    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 --init mae_vit_l.pth --stages head,ct
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mae_ct.py --data ... --model vit_h16
 
 Easy to get wrong:
@@ -22,16 +22,17 @@ Easy to get wrong:
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from common import (
-    Colour, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit, check_batch, draw,
-    ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file, load_splits, load_state, mae_loss,
-    mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, print0, rank, random_masking, reconstruct,
-    save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
+    VIT_SIZES, Colour, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit,
+    check_batch, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file, load_splits,
+    load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank, random_masking,
+    reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import cached_batches, center_views, cluster, features, knn, probe
 
@@ -93,26 +94,24 @@ class Settings(RunSettings):
     detach: bool = False  # a stop-gradient before the head: "detached pre-training"
 
 
-# Tables 9 and 10 where they differ from ViT-L/16
+# Tables 9 and 10: Base, Large and Huge, whatever the patch size
 TABLE_9 = {
-    "vit_b16": dict(frozen=6, temperature=0.15, pool="mean"),
-    "vit_l16": dict(),
-    "vit_h16": dict(epochs=30, batch=512, frozen=16, temperature=0.3, projector_ema=0.995),
-    "vit_h14": dict(epochs=30, batch=512, frozen=16, temperature=0.3, projector_ema=0.995),
+    "b": dict(frozen=6, temperature=0.15, pool="mean"),
+    "l": dict(frozen=12),
+    "h": dict(epochs=30, batch=512, frozen=16, temperature=0.3, projector_ema=0.995),
 }
 TABLE_10 = {
-    "vit_b16": dict(epochs=80, ct_head_lr=5e-4, temperature=0.15, k=10),
-    "vit_l16": dict(epochs=40, ct_head_lr=5e-4, temperature=0.15, k=10),
-    "vit_h16": dict(epochs=40, ct_head_lr=5e-4, temperature=0.35, k=30),
-    "vit_h14": dict(epochs=40, ct_head_lr=5e-4, temperature=0.35, k=30),
+    "b": dict(epochs=80, ct_head_lr=5e-4, temperature=0.15, k=10),
+    "l": dict(epochs=40, ct_head_lr=5e-4, temperature=0.15, k=10),
+    "h": dict(epochs=40, ct_head_lr=5e-4, temperature=0.35, k=30),
 }
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, pool="mean", decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    mae_epochs=25, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=2,
-    batch=256, queue=4096, projector_hidden=512, predictor_hidden=512, head_dim=128, scale_min=0.2,
-    head_epochs=6, head_lr=2e-3,
-    epochs=10, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97, temperature=0.15, k=10,
+    mae_epochs=20, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=2,
+    batch=256, queue=4096, projector_hidden=512, predictor_hidden=512, head_dim=128,
+    head_epochs=8, head_lr=2e-3,
+    epochs=12, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97,
 )  # fmt: skip
 
 # MAE-CT_aug (4.2: the augmentations of BYOL), views 1 and 2
@@ -124,15 +123,15 @@ BYOL = [
 
 def presets(given):
     """Field values for the flags given: the model's columns of Tables 9 and 10, the built-in run, A.1, B.2."""
-    model = given.get("model", "vit_l16")
-    row = dict(TABLE_9.get(model, {}))
+    size = re.match(r"vit_(2b|\D+)|", given.get("model", "vit_l16"))[1]
+    row = dict(TABLE_9.get(size) or dict(frozen=VIT_SIZES.get(size, (0, 0))[1] // 2))  # other sizes: the lower half too
     if given.get("aug"):
-        row |= TABLE_10.get(model, TABLE_10["vit_l16"])
+        row |= TABLE_10.get(size, TABLE_10["l"])
     if given.get("mae_views") == 2 or "combined" in given.get("stages", ""):
-        row |= dict(mae_views=2, mae_epochs=800, mae_batch=512 if "vit_h" in model else 1024)
+        row |= dict(mae_views=2, mae_epochs=800, mae_warmup_epochs=20, mae_batch=512 if size == "h" else 1024)
     if given.get("oracle"):
         row |= dict(epochs=30)
-    if given.get("data", "shapes") == "shapes":
+    if given.get("data", "shapes") == "shapes":  # whatever the variant, in the built-in run's own length
         row |= SHAPES
         if given.get("short"):
             row |= dict(mae_epochs=8, mae_warmup_epochs=1, head_epochs=2, epochs=3)
@@ -186,7 +185,8 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     """
     s = run.settings
     f.freeze(frozen)
-    f_m = frozen_copy(f)
+    tuned = frozen < f.depth
+    f_m = frozen_copy(f) if tuned else f
     scale = s.batch * 2 / 256  # A.1: batch size x views / 256
     groups = parameter_groups(head, head_lr * scale, s.head_weight_decay)
     groups += parameter_groups(f, lr * scale, s.weight_decay, s.layer_decay)
@@ -201,10 +201,15 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
 
     for data in run.steps(stage, images, views, s.batch, epochs, dict(encoder=f, ema=f_m, head=head, optimizer=optimizer)):
         key = (s.seed, stage, run.step)
-        noise = uniform((*key, "colour"), data.rows, 2, 13)
-        x1, x2 = (augment(x, BYOL[v] if s.aug else None, noise[:, v]) for v, x in enumerate(data.views))
-        noise = uniform((*key, "mask"), data.rows, 2, patches, device=run.device)
-        ids1, ids2 = (random_masking(n, masked)[0] if masked else None for n in noise.unbind(1))
+        if s.aug:
+            noise = uniform((*key, "colour"), data.rows, 2, 13)
+            x1, x2 = (augment(x, colour, n) for x, colour, n in zip(data.views, BYOL, noise.unbind(1)))
+        else:
+            x1, x2 = map(augment, data.views)
+        ids1 = ids2 = None
+        if masked:
+            noise = uniform((*key, "mask"), data.rows, 2, patches, device=run.device)
+            ids1, ids2 = (random_masking(n, masked)[0] for n in noise.unbind(1))
         dice = uniform((*key, "dice"), data.rows, 2, device=run.device)
 
         def objective(y1, y2):
@@ -215,8 +220,9 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
         log = dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {}
         if run.optimize(optimizer, loss, log, factor):
             head.Q.push(aux["z1"], data.index, data.labels)
-            ema_update(f_m, f, s.ema)
             ema_update(head.g_m, head.g, projector_ema)
+            if tuned:
+                ema_update(f_m, f, s.ema)
     return f_m
 
 
@@ -262,7 +268,8 @@ def evaluate(run, name, encoder, train, val):
     test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
     batch = min(1024, len(x))
     per_epoch = len(x) // batch
-    probed, _ = probe(cached_batches(x, y, batch, 50), 50 * per_epoch, 5 * per_epoch, test_x, test_y, batch)
+    stream = cached_batches(x, y, batch, 50)
+    probed, _ = probe(stream, 50 * per_epoch, 5 * per_epoch, len(train.classes), test_x, test_y, batch)
     clusters = cluster(test_x, test_y)
     values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=probed["probe"], cluster_acc=clusters["cluster_acc"])
     run.report(name, values | dict(nmi=clusters["nmi"], silhouette=clusters["silhouette"]))
@@ -272,7 +279,7 @@ def evaluate(run, name, encoder, train, val):
 def picture_reconstruction(path, encoder, decoder, images, s, device):
     """Eight images, what the encoder sees of them, and the decoder's reconstruction."""
     picks = torch.arange(min(8, len(images)))
-    x = augment(next(center_views(images, s.image_size, device, 0, picks)))
+    x = augment(next(center_views(images, s.image_size, device, 0, picks))[0])
     noise = uniform((s.seed, "picture"), picks.to(device), encoder.grid[0] * encoder.grid[1])
     masked, restored = reconstruct(encoder, decoder, x, noise, s.mask_ratio, s.norm_pix)
     rows = [("input", x), (f"{s.mask_ratio:.0%} removed", masked), ("reconstruction", restored)]
@@ -286,8 +293,9 @@ def picture_retrieval(path, before, after, y, images, s, device, queries=6, neig
     for q in [(y == c).nonzero()[0].item() for c in range(min(queries, len(images.classes)))]:
         for name, x in (("MAE", before), ("MAE-CT", after)):
             x = torch.nn.functional.normalize(x, dim=1)
-            found = (x @ x[q]).index_fill(0, torch.tensor(q, device=x.device), 2).topk(neighbours + 1).indices  # q first
-            pictures = torch.cat(list(center_views(images, s.image_size, device, 0, found.cpu()))).cpu()
+            found = (x @ x[q]).topk(neighbours + 1).indices.cpu()  # the query itself comes first
+            pictures, _ = next(center_views(images, s.image_size, device, 0, found))
+            pictures = pictures.cpu()
             frames = ["black"] + ["limegreen" if y[f] == y[q] else "red" for f in found[1:]]
             rows.append((f"{name}: {images.classes[y[q]]}", pictures, frames))
     draw(path, rows)
@@ -301,11 +309,14 @@ def prepare(argv):
     """
     s = parse_settings(Settings, presets, argv, __doc__)
     stages = s.stages.split(",")
-    unknown = set(stages) - {"mae", "combined", "head", "ct"}
-    if unknown or not s.stages:
-        raise InputError(f"--stages {s.stages}: choose from mae (or combined), head, ct")
+    if stages != [x for x in ("mae", "combined", "head", "ct") if x in stages] or stages[:2] == ["mae", "combined"]:
+        raise InputError(f"--stages {s.stages}: choose from mae (or combined), head, ct, in this order")
+    if not {"mae", "combined"} & set(stages) and not s.init:
+        raise InputError(f"--stages {s.stages} starts from a trained encoder: give it with --init FILE")
     if s.pool not in ("cls", "mean"):
         raise InputError(f"--pool {s.pool}: choose cls or mean")
+    if not 0 < s.mask_ratio < 1 or not 0 <= s.ct_mask_ratio < 1:
+        raise InputError(f"--mask_ratio {s.mask_ratio}, --ct_mask_ratio {s.ct_mask_ratio}: fractions below 1 are expected")
     device = start()
     torch.manual_seed(s.seed)
     encoder = build_vit(s.model, s.image_size, s.pool)
@@ -315,10 +326,10 @@ def prepare(argv):
     head = NNCLRHead(encoder.dim, s)
     if s.head:
         load_state(head, load_file(s.head), s.head)
-    if s.k > s.queue:
-        raise InputError(f"--k {s.k} is larger than the queue of {s.queue}")
-    if not 0 <= s.frozen <= encoder.depth:
-        raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks")
+    if not 1 <= s.k <= s.queue:
+        raise InputError(f"--k {s.k}: expected at least 1 and no more than the queue of {s.queue}")
+    if "ct" in stages and not 0 <= s.frozen < encoder.depth:
+        raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")
     train, val = load_splits(s.data, labels=s.oracle)
     for name, batch in dict(mae=s.mae_batch, combined=s.mae_batch, head=s.batch, ct=s.batch).items():
         if name in stages:
@@ -335,8 +346,8 @@ def main(argv):
     first = run.folder / "mae.pt"  # the encoder before tuning
 
     if "mae" in stages:
-        pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr,
-                     warmup_epochs=s.mae_warmup_epochs, mask_ratio=s.mask_ratio, norm_pix=s.norm_pix, views=s.mae_views)  # fmt: skip
+        pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr, views=s.mae_views,
+                     warmup_epochs=s.mae_warmup_epochs, mask_ratio=s.mask_ratio, norm_pix=s.norm_pix)  # fmt: skip
     if "combined" in stages:
         combined_pretraining(run, encoder, decoder, head, train)
     if rank() == 0 and not first.exists():
@@ -348,11 +359,12 @@ def main(argv):
         evaluate(run, before, encoder, train, val)
 
     if "head" in stages:
-        if "combined" in stages:
-            head = NNCLRHead(encoder.dim, s).to(device)  # a new head; --stages combined,ct is the paper's CT_skip
+        if "combined" in stages:  # a new head; --stages combined,ct is the paper's CT_skip
+            torch.manual_seed(s.seed)
+            head = NNCLRHead(encoder.dim, s).to(device)
         contrastive(run, "head", encoder, head, train, epochs=s.head_epochs, lr=0.0, head_lr=s.head_lr,
                     frozen=encoder.depth, temperature=s.head_temperature, k=1, projector_ema=0.0)  # fmt: skip
-        if rank() == 0:
+        if rank() == 0 and not (run.folder / "head.pt").exists():
             save_file(run.folder / "head.pt", head.state_dict())
     if "ct" in stages:
         encoder = contrastive(run, "ct", encoder, head, train, epochs=s.epochs, lr=s.lr, head_lr=s.ct_head_lr,

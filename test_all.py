@@ -1,0 +1,2234 @@
+"""Tests against something independent, grouped as the files are: a loop written from the formula, torch's own modules,
+timm, scikit-learn, scipy, torchvision, finite differences, one process against two, a killed run against an unbroken one.
+
+    pytest test_all.py --durations=15            # some minutes on two CPU cores
+    SLOW=1 pytest test_all.py                    # the long ones too
+    python test_all.py bench attention           # ratios of alternating runs; also: bench knn
+
+"Equal" is max|a - b| / max|b| of a tensor (`error`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.stats
+import timm
+import timm.optim
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+import common
+import eval as protocols
+import mae_ct
+from common import Images, InputError, View, backward, uniform
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="long: SLOW=1 runs it")
+CPU, HERE = torch.device("cpu"), Path(__file__).parent
+SHAPES_HASH = None  # sha256 of the pixels of shapes("val")
+
+
+def error(a, b):
+    """max|a - b| / max|b|."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
+
+
+def all_equal(found, expected, tolerance):
+    """Whether lists of gradients are equal; of those that are 0 but for rounding (a bias before a BatchNorm) just that."""
+    largest = max(e.abs().max() for e in expected)
+    rounding = lambda t: t.abs().max() < tolerance * largest
+    return all(error(a, b) < tolerance or rounding(a) and rounding(b) for a, b in zip(found, expected, strict=True))
+
+
+def normal(*shape, seed=0):
+    """The same float64 numbers in every process."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomized(module):
+    """The module in float64, its parameters moved away from the zeros and ones under which mistakes hide."""
+    module.double()
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p += 0.1 * normal(*p.shape, seed=i)
+    return module
+
+
+def vit(**changes):
+    """A small encoder: 16 patches of 8 x 8 pixels, 3 blocks."""
+    torch.manual_seed(0)
+    return randomized(common.ViT(**(dict(image_size=32, patch_size=8, dim=32, depth=3, heads=4) | changes)))
+
+
+def timm_vit(state):
+    """The same in timm, with the given weights: every name and shape must fit."""
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0, norm_layer=norm
+    )
+    model.double().load_state_dict(state)
+    return model
+
+
+def pictures(count, height, width, seed=0):
+    """Random pictures, uint8 [count, 3, height, width], with structure at every scale."""
+    rng = np.random.default_rng(seed)
+    grids = [rng.random((count, 3, h, w)) for h, w in ((2, 2), (5, 5), (11, 11), (height, width))]
+    x = sum(F.interpolate(torch.from_numpy(g), (height, width), mode="bilinear") for g in grids)
+    return (x / len(grids) * 255).round().byte()
+
+
+def write_pictures(folder, sizes, suffix="png"):
+    """One picture file for each (height, width), named so that they sort in this order; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:03d}.{suffix}" for i in range(len(sizes))]
+    for i, (file, (height, width)) in enumerate(zip(files, sizes)):
+        Image.fromarray(pictures(1, height, width, seed=i)[0].permute(1, 2, 0).numpy()).save(file)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------- distributed
+
+# What one process computes with the whole global batch, and each of two with its half: `worker` runs this under
+# torchrun, the fixture `two` alone as well.
+
+
+def part(t, dim=0):
+    """This process's rows of a global tensor."""
+    return t.chunk(common.world(), dim)[common.rank()]
+
+
+def gather_outcome():
+    x, other = part(normal(6, 3)).clone().requires_grad_(), normal(6, 3, seed=1).requires_grad_()
+    doubled = 2 * other  # made before the gather: its gradient is the very tensor that the gather's backward receives
+    rows = common.gather(x)
+    ((rows + doubled) * normal(2, 6, 3, seed=2)[common.rank()]).sum().backward()
+    return dict(rows=rows.detach(), gradient=x.grad, other=other.grad)
+
+
+def batch_norm_outcome(*shape):
+    *heads, dim = shape
+    norm = randomized(common.BatchNorm(*shape))
+    x = part(normal(*heads, 12, dim, seed=3), -2).clone().requires_grad_()
+    out = norm(x)
+    (out * part(normal(*heads, 12, dim, seed=4), -2)).sum().backward()
+    weight, bias = (common.gather(p.grad[None]).sum(0) for p in (norm.weight, norm.bias))
+    return dict(out=out.detach(), gradient=x.grad, weight=weight, bias=bias, mean=norm.running_mean, var=norm.running_var)
+
+
+class Recorder(common.Run):
+    """A run that keeps the global loss and gradients of each step."""
+
+    def optimize(self, optimizer, loss, log=None, lr_factor=1.0):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        common.average_gradients(parameters)  # done again by the run itself, which changes nothing
+        self.__dict__.setdefault("losses", []).append(common.gather(loss[None]).mean())
+        self.__dict__.setdefault("gradients", []).append([p.grad.clone() for p in parameters if p.grad is not None])
+        self.__dict__.setdefault("peaks", []).append(sorted({g["peak_lr"] for g in optimizer.param_groups}))
+        return super().optimize(optimizer, loss, log, lr_factor)
+
+
+def tiny_settings(**changes):
+    given = dict(image_size=16, batch=8, mae_batch=8, queue=32, projector_hidden=16, predictor_hidden=16, head_dim=8,
+                 decoder_dim=16, decoder_depth=1, decoder_heads=2, mae_views=2, mae_epochs=1, mae_warmup_epochs=0,
+                 warmup=0.0, ema=0.9, k=4, workers=0, precision="float32", seed=3)  # fmt: skip
+    return mae_ct.Settings(**(given | changes))
+
+
+def tiny_images(count=16):
+    return Images(torch.arange(count) % 4, list("abcd"), pixels=pictures(count, 20, 20))
+
+
+def tiny_models(s, dtype):
+    """Encoder of 16 patches, decoder and head."""
+    torch.manual_seed(0)
+    encoder = randomized(common.ViT(16, 4, dim=16, depth=3, heads=2, pool="mean"))
+    decoder = randomized(common.MAEDecoder(encoder.grid, 4, 16, s.decoder_dim, s.decoder_depth, s.decoder_heads))
+    head = mae_ct.NNCLRHead(16, s).double()
+    return [m.to(dtype) for m in (encoder, decoder, head)]
+
+
+@contextlib.contextmanager
+def views_in(dtype):
+    """Inside, the training loops get their augmented views in `dtype`."""
+    real = common.augment
+    cast = lambda *args: real(*args).to(dtype)
+    with mock.patch.object(common, "augment", cast), mock.patch.object(mae_ct, "augment", cast):
+        yield
+
+
+def step_outcome(stage, micro_batch, folder, dtype=torch.float64, **changes):
+    """Two steps of a stage, by the paper's own loop."""
+    s = tiny_settings(micro_batch=micro_batch, out=str(folder / f"{stage}{micro_batch}{dtype}"), **changes)
+    encoder, decoder, head = tiny_models(s, dtype)
+    with views_in(dtype), contextlib.redirect_stdout(io.StringIO()):
+        run = Recorder(s, CPU)
+        if stage == "mae":
+            common.pretrain_mae(run, encoder, decoder, tiny_images(), epochs=1, batch=8, lr=1e-3, warmup_epochs=0, views=2)
+        elif stage == "combined":
+            mae_ct.combined_pretraining(run, encoder, decoder, head, tiny_images())
+        else:
+            mae_ct.contrastive(run, stage, encoder, head, tiny_images(), epochs=1, lr=1e-3, head_lr=1e-3, temperature=0.2,
+                               frozen=3 if stage == "head" else 1, k=4, projector_ema=0.5)  # fmt: skip
+    queue = {k: v for k, v in head.Q.named_buffers()}
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, queue=queue)
+
+
+STEPS = {
+    "mae": dict(),
+    "combined": dict(combined_weight=0.5),
+    "head": dict(),
+    "ct": dict(ct_mask_ratio=0.5),
+    "ct float32": dict(ct_mask_ratio=0.5, aug=True, dtype=torch.float32),
+}
+
+
+def outcomes(folder):
+    found = dict(gather=gather_outcome(), batch_norm=batch_norm_outcome(5), batch_norm_heads=batch_norm_outcome(2, 5))
+    found["uniform"] = uniform((0, "key"), part(torch.arange(8)), 3)
+    encoder, images = vit().float(), Images(torch.arange(7), [], pixels=pictures(7, 32, 32))
+    found["features"] = protocols.features(encoder, images, CPU)[0]
+    found["knn"] = protocols.knn(*knn_data(), ks=(1, 5, 20))
+    x, y = normal(20, 4).float(), torch.arange(20) % 3
+    found["probe"] = protocols.probe(protocols.cached_batches(x, y, 8, 3), 6, 1, x, y, 8)[1].weight.detach()
+    for name, changes in STEPS.items():
+        for micro_batch in (0, 2):
+            found[name, micro_batch] = step_outcome(name.split()[0], micro_batch, folder, **changes)
+    return found
+
+
+def worker(folder):
+    common.start()
+    found = outcomes(Path(folder))
+    torch.save(found, Path(folder) / f"{common.rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(outcomes of one process, [outcomes of either of two])."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, __file__, "worker", str(folder)], capture_output=True, text=True, env=quiet_environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return outcomes(folder / "alone"), [torch.load(folder / f"{r}.pt") for r in (0, 1)]
+
+
+def quiet_environment():
+    """For programs that tests start: on the CPU, with one thread, importing the files beside this one."""
+    return os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+
+
+def test_gather_returns_all_rows_and_their_gradient_from_all_ranks(two):
+    weights = normal(2, 6, 3, seed=2)
+    for rank, found in enumerate(two[1]):
+        assert torch.equal(found["gather"]["rows"], normal(6, 3))
+        assert error(found["gather"]["gradient"], weights.sum(0).chunk(2)[rank]) < 1e-12
+
+
+def test_gather_leaves_the_gradients_of_others_alone(two):
+    for rank, found in enumerate(two[1]):
+        assert error(found["gather"]["other"], 2 * normal(2, 6, 3, seed=2)[rank]) < 1e-12
+
+
+@pytest.mark.parametrize("name, heads", [("batch_norm", None), ("batch_norm_heads", 2)])
+def test_batch_norm_over_two_ranks_is_torchs_over_the_whole_batch(two, name, heads):
+    shape = (5,) if heads is None else (heads, 5)
+    parameters = randomized(common.BatchNorm(*shape))
+    for head in range(heads or 1):
+        of_head = lambda t: t if heads is None else t[head]
+        reference = nn.BatchNorm1d(5).double()
+        reference.weight.data, reference.bias.data = (of_head(p).detach().clone() for p in parameters.parameters())
+        x = of_head(normal(*shape[:-1], 12, 5, seed=3)).clone().requires_grad_()
+        out = reference(x)
+        (out * of_head(normal(*shape[:-1], 12, 5, seed=4))).sum().backward()
+        expected = dict(weight=reference.weight.grad, bias=reference.bias.grad)
+        expected |= dict(mean=reference.running_mean, var=reference.running_var)
+        for rank, found in enumerate(two[1]):
+            mine = {k: of_head(v) for k, v in found[name].items()}
+            assert error(mine["out"], out.chunk(2)[rank]) < 1e-12
+            assert error(mine["gradient"], x.grad.chunk(2)[rank]) < 1e-10
+            assert all(error(mine[k], v) < 1e-10 for k, v in expected.items())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name):
+    alone, ranks = two
+    whole, tolerance = alone[name, 0], 1e-5 if "float32" in name else 1e-10
+    assert len(whole["losses"]) == 2 and whole["gradients"][0]
+    for other in (alone[name, 2], *(r[name, m] for r in ranks for m in (0, 2))):
+        later = 100 * tolerance  # Adam's first step divides every gradient by itself, rounding errors too
+        assert error(other["losses"][0], whole["losses"][0]) < tolerance
+        assert error(other["losses"][1], whole["losses"][1]) < later
+        assert all_equal(other["gradients"][0], whole["gradients"][0], tolerance)
+        assert all_equal(other["gradients"][1], whole["gradients"][1], later)
+        assert error(other["queue"]["embeddings"], whole["queue"]["embeddings"]) < later
+        assert all(torch.equal(other["queue"][k], whole["queue"][k]) for k in ("indices", "labels", "cursor"))
+
+
+@pytest.mark.parametrize("name", ["features", "probe"])
+def test_two_processes_evaluate_as_one(two, name):
+    assert all(error(found[name], two[0][name]) < 1e-5 for found in two[1])
+
+
+def test_knn_over_two_processes_is_that_of_one(two):
+    assert two[1][0]["knn"] == two[1][1]["knn"] == two[0]["knn"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_norm_is_torchs(dtype):
+    ours, reference = randomized(common.BatchNorm(5)).to(dtype), nn.BatchNorm1d(5).to(dtype)
+    reference.load_state_dict(ours.state_dict(), strict=False)  # all but num_batches_tracked
+    x = (3 + 2 * normal(12, 5)).to(dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for training in (True, False):
+        ours.train(training), reference.train(training)
+        assert error(ours(x), reference(x)) < (1e-5 if dtype == torch.float32 else 1e-12)
+    for module, leaf in ((ours, a), (reference, b)):
+        (module.train()(leaf) * normal(12, 5, seed=1).to(dtype)).sum().backward()
+    pairs = [(a.grad, b.grad), (ours.weight.grad, reference.weight.grad), (ours.bias.grad, reference.bias.grad)]
+    pairs += [(ours.running_mean, reference.running_mean), (ours.running_var, reference.running_var)]
+    assert all(error(p, q) < (1e-5 if dtype == torch.float32 else 1e-10) for p, q in pairs)
+
+
+def test_batch_norm_of_several_heads_is_one_for_each():
+    ours, x = randomized(common.BatchNorm(3, 5)), normal(3, 12, 5)
+    out = ours(x)
+    for h in range(3):
+        one = nn.BatchNorm1d(5).double()
+        one.weight.data, one.bias.data = ours.weight.data[h], ours.bias.data[h]
+        assert error(out[h], one(x[h])) < 1e-12
+        assert error(ours.running_var[h], one.running_var) < 1e-12
+
+
+def test_batch_norm_does_not_cancel_far_from_zero():
+    x = 1e4 + normal(64, 5)
+    exact = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    assert error(common.BatchNorm(5)(x.float()), exact) < 2e-3  # a mean square minus squared mean would lose it all
+
+
+def test_batch_norm_computes_in_float32_for_bfloat16():
+    x = (5 + normal(64, 5)).bfloat16()
+    out = common.BatchNorm(5)(x)
+    assert out.dtype == torch.float32 and error(out, nn.BatchNorm1d(5)(x.float())) < 1e-5
+
+
+def test_batch_norm_has_the_gradient_of_finite_differences():
+    assert torch.autograd.gradcheck(common.BatchNorm(2, 3).double(), normal(2, 6, 3).requires_grad_())
+
+
+# ------------------------------------------------------------------------------------------- random numbers by key
+
+
+def splitmix(z):
+    """Steele et al. 2014 in Python's integers, 64 bits."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_uniform_is_splitmix64_of_key_row_and_position():
+    key, rows, golden = (7, 12, "mask"), torch.tensor([0, 3, 2**40]), 0x9E3779B97F4A7C15
+    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    found = uniform(key, rows, 2, 3)
+    for i, row in enumerate(rows.tolist()):
+        state = splitmix((row * golden + start) % 2**64)
+        for j in range(6):
+            top24 = splitmix((state + (j + 1) * golden) % 2**64) >> 40
+            assert found[i].flatten()[j].item() == top24 / 2**24
+
+
+def test_uniform_is_uniform():
+    x = uniform((0, "uniform"), torch.arange(2000), 100)
+    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() < 1
+    assert scipy.stats.kstest(x.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert scipy.stats.chisquare(torch.histc(x, 256, 0, 1).numpy()).pvalue > 1e-3
+    assert scipy.stats.kstest(x[:, 17].numpy(), "uniform").pvalue > 1e-3  # one position, many rows
+    assert scipy.stats.kstest(x[1234].numpy(), "uniform").pvalue > 1e-3  # one row
+    assert abs(x.mean() - 0.5) < 4 / math.sqrt(12 * x.numel()) and abs(x.var() - 1 / 12) < 1e-3
+
+
+def test_uniform_of_neighbouring_keys_rows_and_positions_is_uncorrelated():
+    x = uniform((0, 5, "mask"), torch.arange(400), 100)
+    others = dict(step=uniform((0, 6, "mask"), torch.arange(400), 100), seed=uniform((1, 5, "mask"), torch.arange(400), 100))
+    others |= dict(name=uniform((0, 5, "dice"), torch.arange(400), 100), row=x.roll(1, 0), position=x.roll(1, 1))
+    for other in others.values():
+        assert not torch.equal(x, other)
+        assert abs(np.corrcoef(x.flatten(), other.flatten())[0, 1]) < 4 / math.sqrt(x.numel())
+
+
+def test_uniform_does_not_depend_on_how_rows_are_split():
+    rows = torch.arange(10)
+    whole = uniform((3,), rows, 4)
+    assert torch.equal(torch.cat([uniform((3,), r, 4) for r in rows.split(3)]), whole)
+    assert torch.equal(uniform((3,), rows.flip(0), 4).flip(0), whole)
+
+
+def test_uniform_on_a_rank_is_its_part_of_the_whole(two):
+    assert torch.equal(torch.cat([found["uniform"] for found in two[1]]), two[0]["uniform"])
+
+
+@cuda
+def test_uniform_on_a_gpu_is_that_of_the_cpu():
+    rows = torch.arange(100)
+    assert torch.equal(uniform((3,), rows, 50, device="cuda").cpu(), uniform((3,), rows, 50))
+
+
+# ---------------------------------------------------------------------------------------------- vision transformer
+
+
+def plain_norm(x, norm):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+
+
+def plain_attention(x, attn):
+    q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).chunk(3, -1)
+    width, heads = x.shape[-1] // attn.heads, []
+    for h in range(attn.heads):
+        s = slice(h * width, (h + 1) * width)
+        weights = (q[..., s] @ k[..., s].transpose(-2, -1) / math.sqrt(width)).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ v[..., s])
+    return torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
+
+
+def plain_mlp(x, mlp):
+    x = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    return (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ mlp.fc2.weight.T + mlp.fc2.bias
+
+
+def plain_block(x, block):
+    x = x + plain_attention(plain_norm(x, block.norm1), block.attn)
+    return x + plain_mlp(plain_norm(x, block.norm2), block.mlp)
+
+
+def plain_post_norm_block(x, block):
+    x = plain_norm(x + plain_attention(x, block.attn), block.norm1)
+    return plain_norm(x + plain_mlp(x, block.mlp), block.norm2)
+
+
+def plain_patch_tokens(encoder, x):
+    """Each patch times the projection, plus its position: [N, L, D]."""
+    p, proj, tokens = encoder.patch_size, encoder.patch_embed.proj, []
+    for row, column in itertools.product(range(encoder.grid[0]), range(encoder.grid[1])):
+        patch = x[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p].flatten(1)
+        tokens.append(patch @ proj.weight.flatten(1).T + proj.bias)
+    return torch.stack(tokens, 1) + encoder.pos_embed[:, 1:]
+
+
+def test_encoder_is_timms():
+    encoder, x = vit(), normal(2, 3, 32, 32)
+    reference = timm_vit(encoder.state_dict())
+    assert error(encoder(x), reference.forward_features(x)) < 1e-10
+    encoder.float(), reference.float()
+    assert error(encoder(x.float()), reference.forward_features(x.float())) < 1e-5
+
+
+def test_pooled_feature_is_cls_or_the_mean_of_the_patches():
+    tokens, encoder = normal(2, 17, 32), vit()
+    assert torch.equal(encoder.pooled(tokens), tokens[:, 0])
+    encoder.pool = "mean"
+    assert error(encoder.pooled(tokens), sum(tokens[:, i] for i in range(1, 17)) / 16) < 1e-12
+
+
+def test_intermediate_blocks_are_counted_from_1_and_come_before_the_final_norm():
+    encoder, x, outputs = vit(), normal(2, 3, 32, 32), []
+    reference = timm_vit(encoder.state_dict())
+    for block in reference.blocks:
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    reference.forward_features(x)
+    found = encoder(x, blocks=(3, 1))  # in the order asked for
+    assert error(found[0], outputs[2]) < 1e-10 and error(found[1], outputs[0]) < 1e-10
+    assert error(encoder.norm(found[0]), encoder(x)) < 1e-12
+
+
+def test_visible_patches_are_those_of_ids_keep_in_its_order():
+    encoder, x = vit(), normal(3, 3, 32, 32)
+    ids = torch.stack([torch.from_numpy(np.random.default_rng(n).permutation(16)[:5]) for n in range(3)])
+    found, every = encoder(x, ids), plain_patch_tokens(encoder, x)
+    for n in range(3):
+        tokens = torch.cat([encoder.cls_token[0] + encoder.pos_embed[0, :1]] + [every[n, i : i + 1] for i in ids[n]])
+        for block in encoder.blocks:
+            tokens = plain_block(tokens, block)
+        assert error(found[n], plain_norm(tokens, encoder.norm)) < 1e-10
+
+
+def test_post_norm_encoder_is_data2vecs():
+    encoder, x = vit(post_norm=True), normal(2, 3, 32, 32)
+    cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
+    tokens = plain_norm(torch.cat([cls, plain_patch_tokens(encoder, x)], 1), encoder.embed_norm)
+    for block in encoder.post_blocks:
+        tokens = plain_post_norm_block(tokens, block)
+    assert error(encoder(x), tokens) < 1e-10  # no norm at the end
+
+
+def test_attention_is_torchs():
+    q, k, v = normal(3, 2, 4, 7, 8)
+    assert error(common.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)) < 1e-12
+
+
+@cuda
+def test_attention_of_the_flash_kernels_is_the_formula():
+    q, k, v = normal(3, 2, 4, 197, 64).cuda().bfloat16()
+    formula = (q.double() @ k.double().transpose(-2, -1) / 8).softmax(-1) @ v.double()
+    assert error(common.attend(q, k, v), formula) < 2e-2
+
+
+def saved_for_backward(function):
+    """Shapes of the tensors that autograd keeps while `function` runs."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        function()
+    return shapes
+
+
+def test_frozen_blocks_get_no_gradient_and_save_nothing():
+    encoder, x = vit(), normal(2, 3, 32, 32)
+    free = encoder(x)
+    encoder.freeze(2)
+    out = encoder(x)
+    assert torch.equal(out, free)
+    out.square().sum().backward()
+    learns = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert learns == {name for name, _ in encoder.named_parameters() if name.startswith(("blocks.2.", "norm."))}
+    tokens = encoder(x, blocks=[2])[0].detach()
+    assert saved_for_backward(lambda: encoder(x)) == saved_for_backward(lambda: encoder.norm(encoder.blocks[2](tokens)))
+
+
+def test_a_wholly_frozen_encoder_saves_nothing_and_thaws():
+    encoder, x = vit(), normal(2, 3, 32, 32)
+    encoder.freeze(3)
+    assert saved_for_backward(lambda: encoder(x)) == [] and not encoder(x).requires_grad
+    encoder.freeze(0)
+    encoder(x).square().sum().backward()
+    assert {n for n, p in encoder.named_parameters() if p.grad is None} == {"pos_embed"}
+
+
+def test_drop_path_rate_grows_linearly_and_keeps_the_mean():
+    factors = common.drop_path(0.4, uniform((0, "drop"), torch.arange(20000), 5, 2))
+    dropped = (factors == 0).double().mean(0)  # [depth, 2]
+    for block, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
+        assert (dropped[block] - rate).abs().max() < 0.015
+        assert error(factors[:, block].max(), torch.tensor(1 / (1 - rate))) < 1e-6
+    assert (factors.mean(0) - 1).abs().max() < 0.03
+
+
+def test_drop_path_scales_each_samples_two_branches():
+    encoder, x, drop = vit(), normal(2, 3, 32, 32), torch.tensor([[[0, 2], [1, 1], [3, 0]], [[1, 0], [0, 0], [1, 2]]])
+    found = encoder(x, drop=drop, blocks=[3])[0]
+    for n in range(2):
+        tokens = encoder.embed(x)[n]
+        for block, (a, m) in zip(encoder.blocks, drop[n].tolist()):
+            tokens = tokens + a * plain_attention(plain_norm(tokens, block.norm1), block.attn)
+            tokens = tokens + m * plain_mlp(plain_norm(tokens, block.norm2), block.mlp)
+        assert error(found[n], tokens) < 1e-10
+
+
+def test_position_table_is_maes():
+    dim, height, width = 16, 2, 3
+    table = common.sincos_positions(dim, height, width)
+    assert table.shape == (1, 7, dim) and not table[0, 0].any()
+    for row, column, channel in itertools.product(range(height), range(width), range(dim)):
+        place = column if channel < dim // 2 else row
+        angle = place / 10000 ** (channel % (dim // 4) / (dim // 4))
+        wave = math.cos if channel // (dim // 4) % 2 else math.sin
+        assert table[0, 1 + row * width + column, channel].item() == pytest.approx(wave(angle), abs=1e-7)
+
+
+def test_positions_of_another_grid_are_timms_interpolation():
+    table = normal(1, 1 + 16, 8)
+    assert torch.equal(common.resize_positions(table, (4, 4), (4, 4)), table)
+    expected = timm.layers.resample_abs_pos_embed(table, (6, 3), num_prefix_tokens=1, antialias=False)
+    assert error(common.resize_positions(table, (4, 4), (6, 3)), expected) < 1e-6
+
+
+def test_an_image_of_another_size_gets_interpolated_positions():
+    encoder, x = vit(), normal(1, 3, 48, 24)
+    larger = timm_vit(encoder.state_dict())
+    larger.set_input_size((48, 24))
+    larger.pos_embed.data = common.resize_positions(encoder.pos_embed, (4, 4), (6, 3))  # timm's are antialiased
+    assert error(encoder(x), larger.forward_features(x)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "build, fault",
+    [
+        (lambda: common.build_vit("vit_b16", 225), "225 is not divisible by the patch size 16"),
+        (lambda: common.ViT(32, 8, dim=30, depth=1, heads=4), "width 30 is not divisible by 4 heads"),
+        (lambda: common.build_vit("vit_xl16", 224), "unknown model 'vit_xl16'"),
+        (lambda: common.build_vit("resnet50", 224), "unknown model 'resnet50'"),
+        (lambda: common.sincos_positions(30, 2, 2), "divisible by 4, not 30"),
+    ],
+)
+def test_impossible_encoders_are_refused(build, fault):
+    with pytest.raises(InputError, match=re.escape(fault)):
+        build()
+
+
+@pytest.mark.parametrize("size", common.VIT_SIZES)
+def test_every_size_has_its_number_of_parameters(size):
+    dim, depth, heads = common.VIT_SIZES[size]
+    with torch.device("meta"):
+        encoder = common.build_vit(f"vit_{size}14", 224)
+    block = (3 * dim * dim + 3 * dim) + (dim * dim + dim) + (8 * dim * dim + 5 * dim) + 4 * dim
+    rest = (3 * 14 * 14 * dim + dim) + dim + (1 + 16 * 16) * dim + 2 * dim  # patches, [CLS], positions, final norm
+    assert sum(p.numel() for p in encoder.parameters()) == depth * block + rest
+
+
+@pytest.mark.parametrize("ours, timms", [("b16", "base_patch16"), ("l16", "large_patch16"), ("h14", "huge_patch14")])
+def test_published_sizes_have_timms_number_of_parameters(ours, timms):
+    with torch.device("meta"):
+        encoder = common.build_vit(f"vit_{ours}", 224)
+        reference = timm.create_model(f"vit_{timms}_224", num_classes=0)
+    count = sum(p.numel() for p in encoder.parameters())
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert ours != "b16" or count == 85_798_656
+
+
+def test_weights_start_as_maes():
+    torch.manual_seed(0)
+    encoder, decoder = common.ViT(32, 8, 64, 1, 4), common.MAEDecoder((4, 4), 8, 64, 64, 1, 4)
+    bound = lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out))  # of xavier-uniform
+    for weight, fans in [
+        (encoder.patch_embed.proj.weight, (3 * 8 * 8, 64)),
+        (encoder.blocks[0].attn.qkv.weight, (64, 192)),
+        (encoder.blocks[0].mlp.fc2.weight, (256, 64)),
+        (decoder.decoder_pred.weight, (64, 192)),
+    ]:
+        assert 0.97 * bound(*fans) < weight.abs().max() <= bound(*fans)
+        assert weight.std().item() == pytest.approx(bound(*fans) / math.sqrt(3), rel=0.03)
+    assert not encoder.blocks[0].attn.qkv.bias.any() and encoder.patch_embed.proj.bias.any()
+    for token in (encoder.cls_token, decoder.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.4)
+
+
+# ---------------------------------------------------------------------------------------------- masked autoencoder
+
+
+@pytest.mark.parametrize("patches, ratio, kept", [(196, 0.75, 49), (196, 0.5, 98), (36, 0.75, 9), (10, 0.65, 3), (7, 0, 7)])
+def test_random_masking_keeps_the_patches_of_least_noise(patches, ratio, kept):
+    noise = uniform((0, "mask"), torch.arange(4), patches)
+    ids_keep, ids_restore, mask = common.random_masking(noise, ratio)
+    assert ids_keep.shape == (4, kept) and kept == int(patches * (1 - ratio))
+    for n in range(4):
+        order = sorted(range(patches), key=lambda i: noise[n, i])
+        assert ids_keep[n].tolist() == order[:kept]
+        assert [order[i] for i in ids_restore[n]] == list(range(patches))  # undoes the shuffle
+        assert [i for i in range(patches) if mask[n, i] == 0] == sorted(order[:kept])
+
+
+def test_every_patch_is_masked_equally_often():
+    _, _, mask = common.random_masking(uniform((0, "mask"), torch.arange(4000), 16), 0.75)
+    assert scipy.stats.chisquare(mask.sum(0).numpy()).pvalue > 1e-3
+
+
+def test_patches_are_cut_row_by_row_with_the_colour_last():
+    x = normal(2, 3, 8, 12)
+    patches = common.patchify(x, 4)
+    assert patches.shape == (2, 6, 48)
+    for n, row, column, y, z, c in itertools.product(range(2), range(2), range(3), range(4), range(4), range(3)):
+        assert patches[n, row * 3 + column, (y * 4 + z) * 3 + c] == x[n, c, row * 4 + y, column * 4 + z]
+    assert torch.equal(common.unpatchify(patches, 4, 8, 12), x)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_mae_loss_is_the_formula(norm_pix):
+    x, pred = normal(3, 3, 16, 16), normal(3, 16, 48, seed=1)
+    mask = common.random_masking(uniform((0,), torch.arange(3), 16), 0.75)[2]
+    per_patch = torch.zeros(3, 16).double()
+    for n, l in itertools.product(range(3), range(16)):
+        row, column = divmod(l, 4)
+        target = x[n, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4].permute(1, 2, 0).flatten()
+        if norm_pix:
+            variance = ((target - target.mean()) ** 2).sum() / 47  # unbiased
+            target = (target - target.mean()) / math.sqrt(variance + 1e-6)
+        per_patch[n, l] = ((pred[n, l] - target) ** 2).mean()
+    found = common.mae_loss(pred, x, mask, norm_pix)
+    for n in range(3):
+        assert error(found[n], sum(per_patch[n, l] for l in range(16) if mask[n, l]) / 12) < 1e-12
+    assert error(found.mean(), (per_patch * mask).sum() / mask.sum()) < 1e-12  # MAE's loss of a batch
+
+
+def test_decoder_puts_every_token_in_its_place():
+    torch.manual_seed(0)
+    decoder, tokens = randomized(common.MAEDecoder((4, 4), 4, 16, dim=24, depth=2, heads=3)), normal(2, 1 + 4, 16)
+    ids_keep, ids_restore, _ = common.random_masking(uniform((1,), torch.arange(2), 16), 0.75)  # 4 of 16 stay
+    found = decoder(tokens, ids_restore)
+    embed = lambda t: decoder.decoder_embed.weight @ t + decoder.decoder_embed.bias
+    for n in range(2):
+        x = [embed(tokens[n, 0])] + [decoder.mask_token[0, 0]] * 16  # [CLS] first
+        for j, place in enumerate(ids_keep[n].tolist()):
+            x[1 + place] = embed(tokens[n, 1 + j])
+        x = torch.stack(x) + decoder.decoder_pos_embed[0]
+        for block in decoder.decoder_blocks:
+            x = plain_block(x, block)
+        x = plain_norm(x, decoder.decoder_norm) @ decoder.decoder_pred.weight.T + decoder.decoder_pred.bias
+        assert error(found[n], x[1:]) < 1e-10
+
+
+# ------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
+
+
+def torch_head(head):
+    """The same head of torch's own modules."""
+    layers = []
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            layers.append(nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None))
+        else:
+            layers.append(nn.BatchNorm1d(len(layer.weight)) if isinstance(layer, common.BatchNorm) else nn.ReLU())
+    reference = nn.Sequential(*layers).double()
+    assert not reference.load_state_dict(head.state_dict(), strict=False).unexpected_keys
+    return reference
+
+
+def test_projector_and_predictor_are_those_of_A2():
+    head = mae_ct.NNCLRHead(1024, mae_ct.Settings(queue=8))
+    shape = lambda m: tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__
+    assert [shape(m) for m in head.g] == [(2048, 1024), (2048,), "ReLU", (2048, 2048), (2048,), "ReLU", (256, 2048), (256,)]
+    assert [shape(m) for m in head.h] == [(4096, 256), (4096,), "ReLU", (256, 4096)]
+    assert all(m.bias is None for m in [*head.g, *head.h] if isinstance(m, nn.Linear))
+    assert not any(p.requires_grad for p in head.g_m.parameters())
+
+
+def test_a_head_is_that_of_torchs_modules():
+    torch.manual_seed(0)
+    for head in (common.mlp_head(6, 7, 7, 4, last_norm=True), common.mlp_head(6, 7, 4, last_norm=False)):
+        reference, x = torch_head(randomized(head)), normal(9, 6)
+        assert error(head(x), reference(x)) < 1e-12
+
+
+def test_info_nce_is_the_formula():
+    rows, columns = common.normalize(normal(5, 8)), common.normalize(normal(5, 8, seed=1))
+    total = 0
+    for i in range(5):
+        similarities = [math.exp(rows[i] @ columns[j] / 0.2) for j in range(5)]
+        total -= math.log(similarities[i] / sum(similarities))
+    assert common.info_nce(rows, columns, 0.2).item() == pytest.approx(total / 5, rel=1e-12)
+    columns = columns.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: common.info_nce(rows, c, 0.2), columns)
+
+
+def test_logits_stay_in_float32_under_autocast():
+    rows, columns = (common.normalize(normal(64, 32, seed=i).float()) for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = common.info_nce(rows, columns, 0.1)
+        assert common.normalize(rows.bfloat16()).dtype == torch.float32
+    assert found.dtype == torch.float32
+    assert error(found, common.info_nce(rows.double(), columns.double(), 0.1)) < 1e-6
+
+
+def filled_queue(size=40, dim=6, classes=3):
+    torch.manual_seed(0)
+    queue = common.Queue(size, dim).double()
+    queue.push(common.normalize(normal(size, dim, seed=5)), torch.arange(size), torch.arange(size) % classes)
+    return queue
+
+
+def test_queue_starts_with_random_unit_vectors_of_no_sample():
+    torch.manual_seed(0)
+    queue = common.Queue(4096, 4)
+    assert error(queue.embeddings.norm(dim=1), torch.ones(4096)) < 1e-6
+    assert queue.embeddings.mean(0).abs().max() < 0.05
+    assert (queue.indices == -1).all() and (queue.labels == -1).all()
+
+
+def test_queue_lookup_takes_one_of_the_k_most_similar_but_never_the_samples_own():
+    queue, z, index = filled_queue(), common.normalize(normal(20, 6, seed=6)), torch.arange(20) * 2
+    z[3] = queue.embeddings[6]  # sample 6 finds its own entry at similarity 1
+    dice = uniform((0, "dice"), torch.arange(20), 2)[:, 0]
+    found = queue.lookup(z, index, 5, dice)
+    for n in range(20):
+        similarity = {i: (z[n] @ queue.embeddings[i]).item() for i in range(40) if i != index[n]}
+        nearest = sorted(similarity, key=similarity.get, reverse=True)[:5]
+        assert found[n] == nearest[int(dice[n] * 5)]
+
+
+def test_queue_lookup_throws_fair_dice():
+    queue, k = filled_queue(), 5
+    z = common.normalize(normal(1, 6, seed=7)).expand(5000, -1)
+    found = queue.lookup(z, torch.full((5000,), 1000), k, uniform((0, "dice"), torch.arange(5000), 1)[:, 0])
+    counts = found.bincount(minlength=40)
+    assert set(counts.nonzero()[:, 0].tolist()) == set((queue.embeddings @ z[0]).topk(k).indices.tolist())
+    assert scipy.stats.chisquare(counts[counts > 0].numpy()).pvalue > 1e-3
+
+
+def test_oracle_lookup_finds_the_nearest_of_the_same_class():
+    queue, z, labels = filled_queue(), common.normalize(normal(20, 6, seed=8)), torch.arange(20) % 3
+    found = queue.lookup(z, torch.arange(20), 1, torch.zeros(20), labels)
+    for n in range(20):
+        of_class = [i for i in range(40) if i % 3 == labels[n] and i != n]
+        assert found[n] == max(of_class, key=lambda i: (z[n] @ queue.embeddings[i]).item())
+
+
+def test_oracle_lookup_prefers_the_farthest_of_the_class_to_the_nearest_of_another():
+    queue = common.Queue(4, 2).double()
+    queue.push(torch.tensor([[1, 0], [0.8, 0.6], [-1, 0], [-0.8, 0.6]]), torch.arange(4), torch.tensor([1, 1, 0, 0]))
+    z, index = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([9])
+    for dice, expected in ((0.4, 3), (0.6, 2)):
+        assert queue.lookup(z, index, 2, torch.tensor([dice]), torch.tensor([0])) == expected
+
+
+def test_queue_is_first_in_first_out():
+    queue, memory = common.Queue(10, 2).double(), collections.deque([(-1, None)] * 10, maxlen=10)
+    counter = itertools.count()
+    for size in (4, 4, 4, 1, 10, 7, 3):  # across the end, exactly full, and a last one that ends on the border
+        index = torch.tensor([next(counter) for _ in range(size)])
+        z = torch.stack([index, index + 0.5], 1).double()
+        queue.push(z, index, index % 3)
+        memory.extend((i, i % 3) for i in index.tolist())
+        assert sorted(queue.indices.tolist()) == sorted(i for i, _ in memory)
+        for slot, i in enumerate(queue.indices.tolist()):
+            assert i == -1 or queue.embeddings[slot].tolist() == [i, i + 0.5] and queue.labels[slot] == i % 3
+
+
+def test_a_push_larger_than_the_queue_leaves_its_last_rows():
+    queue, index = common.Queue(4, 2), torch.arange(11)
+    queue.push(torch.stack([index, index], 1).float(), index, index)
+    queue.push(torch.zeros(1, 2), torch.tensor([50]), torch.tensor([50]))
+    assert sorted(queue.indices.tolist()) == [8, 9, 10, 50]
+
+
+def test_ema_is_the_formula_and_copies_batch_norm_statistics():
+    source, target = (randomized(nn.Sequential(nn.Linear(3, 4), common.BatchNorm(4))) for _ in range(2))
+    source(normal(8, 3))
+    for p in source.parameters():
+        p.data.mul_(-2)
+    old = copy.deepcopy(target)
+    common.ema_update(target, source, 0.97)
+    for new, before, of in zip(target.parameters(), old.parameters(), source.parameters()):
+        assert error(new, 0.97 * before + 0.03 * of) < 1e-12
+    assert torch.equal(target[1].running_mean, source[1].running_mean)
+    assert torch.equal(target[1].running_var, source[1].running_var)
+
+
+def test_ema_of_zero_is_a_copy():
+    source, target = nn.Linear(3, 4), nn.Linear(3, 4)
+    common.ema_update(target, source, 0.0)
+    assert torch.equal(target.weight, source.weight)
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+def step_case(kind):
+    """encode, objective, inputs and the modules of a step of one kind."""
+    torch.manual_seed(0)
+    encoder = randomized(common.ViT(16, 4, dim=16, depth=2, heads=2))
+    decoder = randomized(common.MAEDecoder((4, 4), 4, 16, dim=16, depth=1, heads=2))
+    head = randomized(common.mlp_head(16, 8, 8, last_norm=True))
+    encoder.freeze(2 if "frozen" in kind else 0)
+    decoder.requires_grad_(kind != "all but the head frozen")
+    noise = None if kind == "no noise" else uniform((0,), torch.arange(8), 16)
+
+    def encode(x, noise):
+        ids, restore, mask = common.random_masking(torch.zeros(len(x), 16) if noise is None else noise, 0.5)
+        tokens = encoder(x, ids)
+        y = encoder.pooled(tokens.detach() if kind == "detached features" else tokens)
+        sample_loss = common.mae_loss(decoder(tokens, restore), x, mask)
+        return () if kind == "no objective" else (y, 2 * y), None if kind == "no loss a sample" else sample_loss
+
+    def objective(a, b):
+        z = common.normalize(head(a + b))
+        return common.info_nce(z.roll(1, 0), z, 0.2), dict(z=z.detach())
+
+    return encode, None if kind == "no objective" else objective, (normal(8, 3, 16, 16), noise), [encoder, decoder, head]
+
+
+KINDS = ["both losses", "no objective", "no loss a sample", "frozen encoder", "all but the head frozen", "detached features",
+         "no noise"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_a_step_in_micro_batches_is_the_step_in_one_piece(kind, micro_batch):
+    results = []
+    for size in (0, micro_batch):
+        encode, objective, inputs, modules = step_case(kind)
+        loss, aux = backward(encode, objective, inputs, size)
+        results.append((loss, aux, [p.grad for m in modules for p in m.parameters()]))
+    (loss, aux, gradients), (split_loss, split_aux, split_gradients) = results
+    assert error(split_loss, loss) < 1e-10 and not loss.requires_grad
+    assert objective is None or error(split_aux["z"], aux["z"]) < 1e-10
+    assert [g is None for g in split_gradients] == [g is None for g in gradients]
+    assert all_equal([g for g in split_gradients if g is not None], [g for g in gradients if g is not None], 1e-10)
+
+
+def test_a_step_in_one_piece_is_autograds():
+    encode, objective, inputs, modules = step_case("both losses")
+    loss, aux = backward(encode, objective, inputs)
+    found = [p.grad for m in modules for p in m.parameters()]
+    encode, objective, inputs, modules = step_case("both losses")
+    features, sample_loss = encode(*inputs)
+    expected = objective(*features)[0] + sample_loss.sum() / 8
+    expected.backward()
+    assert error(loss, expected) < 1e-12
+    for a, p in zip(found, [p for m in modules for p in m.parameters()]):
+        assert (a is None) == (p.grad is None) and (a is None or torch.equal(a, p.grad))
+
+
+def test_gradients_add_up_over_calls_as_autograds_do():
+    encode, objective, inputs, modules = step_case("both losses")
+    learning = [p for m in modules for p in m.parameters() if p.requires_grad]
+    backward(encode, objective, inputs, 2)
+    once = [p.grad.clone() for p in learning]
+    backward(encode, objective, inputs, 2)
+    assert all_equal([p.grad for p in learning], [2 * g for g in once], 1e-10)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_bfloat16_step_is_near_the_float32_step(micro_batch):
+    losses, gradients = [], []
+    for precision in (torch.float32, torch.bfloat16):
+        encode, objective, (x, noise), modules = step_case("both losses")
+        for m in modules:
+            m.float()
+        losses.append(backward(encode, objective, (x.float(), noise), micro_batch, precision)[0])
+        gradients.append(modules[0].blocks[0].mlp.fc1.weight.grad)
+    assert losses[1].dtype == gradients[1].dtype == torch.float32
+    assert 0 < error(losses[1], losses[0]) < 0.02 and 0 < error(gradients[1], gradients[0]) < 0.1
+
+
+@cuda
+def test_micro_batches_on_a_gpu_give_the_step_in_one_piece():
+    results = []
+    for size in (0, 2):
+        encode, objective, inputs, modules = step_case("both losses")
+        for m in modules:
+            m.cuda().float()
+        inputs = [t.cuda().float() for t in inputs]
+        loss, _ = backward(encode, objective, inputs, size)
+        results.append([loss] + [p.grad for m in modules for p in m.parameters() if p.grad is not None])
+    assert all_equal(results[1], results[0], 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- optimisation
+
+
+def test_layer_wise_decay_by_number():
+    encoder = vit()
+    groups = common.parameter_groups(encoder, 0.1, 0.05, 0.5)
+    names = {p: name for name, p in encoder.named_parameters()}
+    found = {names[p]: (g["peak_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found["patch_embed.proj.weight"] == (0.1 * 0.5**4, 0.05)
+    assert found["patch_embed.proj.bias"] == (0.1 * 0.5**4, 0)
+    assert found["cls_token"] == (0.1 * 0.5**4, 0)
+    assert found["blocks.0.attn.qkv.weight"] == (0.1 * 0.5**3, 0.05)
+    assert found["blocks.1.mlp.fc1.bias"] == (0.1 * 0.5**2, 0)
+    assert found["blocks.2.norm1.weight"] == (0.1 * 0.5, 0)  # the last block is decayed once
+    assert found["norm.weight"] == (0.1, 0)
+    assert "pos_embed" not in found and len(found) == len(names) - 1
+
+
+def test_layer_wise_decay_is_timms_of_a_classifier():
+    encoder = vit()
+    reference = timm_vit(encoder.state_dict())
+    reference.reset_classifier(5)  # learns with the full rate
+    reference.pos_embed.requires_grad_(False)
+    expected = timm.optim.param_groups_layer_decay(reference, 0.05, ("cls_token", "pos_embed"), layer_decay=0.65)
+    names = {p: name for name, p in reference.named_parameters()}
+    expected = {names[p]: (g["lr_scale"], g["weight_decay"]) for g in expected for p in g["params"]}
+    names = {p: name for name, p in encoder.named_parameters()}
+    groups = common.parameter_groups(encoder, 1.0, 0.05, 0.65)
+    found = {names[p]: (g["peak_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name in found.keys() - {"norm.weight", "norm.bias"}:  # timm counts the final norm to the last block
+        assert found[name] == pytest.approx(expected[name]), name
+
+
+def test_frozen_parameters_are_in_no_group_and_post_norm_blocks_decay_alike():
+    encoder = vit(post_norm=True)
+    encoder.freeze(2)
+    names = {p: name for name, p in encoder.named_parameters()}
+    groups = common.parameter_groups(encoder, 1.0, 0.05, 0.5)
+    found = {names[p]: g["peak_lr"] for g in groups for p in g["params"]}
+    assert found == {name: 0.5 for name in names.values() if name.startswith("post_blocks.2.")}
+
+
+def test_mask_and_cls_tokens_of_an_encoder_and_decoder_are_not_decayed():
+    modules = nn.ModuleList([vit(), common.MAEDecoder((4, 4), 8, 32, 16, 1, 2)])
+    names = {p: name for name, p in modules.named_parameters()}
+    decayed = {names[p] for g in common.parameter_groups(modules, 1.0, 0.05) if g["weight_decay"] for p in g["params"]}
+    assert decayed == {n for n, p in modules.named_parameters() if p.requires_grad and n.endswith("weight") and "norm" not in n}
+
+
+def test_schedule_by_number():
+    factor = lambda step: common.warmup_cosine(step, 100, 20)
+    assert [factor(s) for s in (0, 9, 19, 20)] == pytest.approx([0.05, 0.5, 1, 1])
+    assert factor(40) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert factor(60) == pytest.approx(0.5) and factor(100) == pytest.approx(0)
+    assert common.warmup_cosine(100, 100, 20, end=0.1) == pytest.approx(0.1)
+    assert common.warmup_cosine(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize("steps, warmup", [(6, 1.2), (138, 27.6), (23, 4.6), (5, 0.5), (3, 3), (10, 20)])
+def test_schedule_never_exceeds_the_peak(steps, warmup):
+    assert max(common.warmup_cosine(s, steps, warmup) for s in range(steps)) <= 1
+
+
+def test_adamw_is_torchs_with_the_groups_learning_rates():
+    ours = nn.Linear(4, 3).double()
+    reference = copy.deepcopy(ours)
+    a = common.adamw(common.parameter_groups(ours, 0.1, 0.05))
+    b = torch.optim.AdamW([dict(params=[reference.weight], weight_decay=0.05), dict(params=[reference.bias], weight_decay=0)],
+                          lr=0.1, betas=(0.9, 0.95))  # fmt: skip
+    for step, factor in enumerate((0.5, 1.0, 0.25)):
+        assert common.set_lr(a, factor) == pytest.approx(0.1 * factor)
+        for group in b.param_groups:
+            group["lr"] = 0.1 * factor
+        for model, optimizer in ((ours, a), (reference, b)):
+            optimizer.zero_grad()
+            model(normal(8, 4, seed=step)).square().sum().backward()
+            optimizer.step()
+    assert error(ours.weight, reference.weight) < 1e-12 and error(ours.bias, reference.bias) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def random_resized_crop(noise, height, width, scale):
+    """RandomResizedCrop.get_params of torchvision, with its random numbers given."""
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for t in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * noise[t])
+        aspect = math.exp(low + (high - low) * noise[10 + t])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return [int(noise[20] * (height - h + 1)), int(noise[21] * (width - w + 1)), h, w]
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(height * (4 / 3))
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+@pytest.mark.parametrize("height, width", [(224, 320), (48, 48), (333, 251), (30, 400), (401, 31), (60, 401)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.6, 1.0)])
+def test_crop_boxes_are_torchvisions(height, width, scale):
+    noise = uniform((0, "crop"), torch.arange(200), 22)
+    boxes = common.crop_boxes(noise, height, width, scale)
+    for n in range(200):
+        assert boxes[n].tolist() == random_resized_crop(noise[n].tolist(), height, width, scale)
+
+
+@pytest.mark.parametrize("size", [16, 40, 96])  # smaller, similar and larger than the boxes
+def test_crop_resize_is_torchvisions(size):
+    x, boxes = pictures(20, 48, 56), common.crop_boxes(uniform((0,), torch.arange(20), 22), 48, 56, (0.08, 1))
+    found = common.crop_resize(x, boxes, size)
+    for n in range(20):
+        expected = tv.resized_crop(x[n], *boxes[n].tolist(), [size, size], InterpolationMode.BICUBIC, antialias=True)
+        assert (found[n].int() - expected.int()).abs().max() <= 1
+
+
+def test_random_crops_of_a_pil_image_are_torchvisions():
+    x = pictures(1, 48, 56)[0]
+    image, index = Image.fromarray(x.permute(1, 2, 0).numpy()), torch.tensor([11])
+    crops = common.RandomCrops([View(16, (0.2, 1.0)), View(40, (0.05, 0.25))], seed=3)
+    boxes = [b[0].tolist() for b in crops.boxes(2, index, 48, 56)]
+    assert boxes[0] != boxes[1]  # views are drawn apart
+    for found, view, box in zip(crops(image, 2, 11), crops.views, boxes):
+        expected = tv.resized_crop(image, *box, [view.size, view.size], InterpolationMode.BICUBIC)
+        assert (found.int() - tv.pil_to_tensor(expected).int()).abs().max() <= 1
+
+
+def test_center_crop_is_torchvisions():
+    for height, width in ((40, 61), (32, 32), (100, 33)):
+        image = Image.fromarray(pictures(1, height, width)[0].permute(1, 2, 0).numpy())
+        expected = image
+        if (height, width) != (32, 32):  # an image of the right size stays as it is
+            resize = torchvision.transforms.Resize(round(32 / 224 * 256), InterpolationMode.BICUBIC)
+            expected = torchvision.transforms.CenterCrop(32)(resize(image))
+        assert torch.equal(common.CenterCrop(32)(image, 0, 0)[0], tv.pil_to_tensor(expected))
+
+
+def all_batches(images, views, batch, start, stop, workers=0, skipped=None):
+    return list(common.batches(images, views, batch, start, stop, 5, CPU, workers, {} if skipped is None else skipped))
+
+
+@pytest.fixture(scope="module")
+def in_files(tmp_path_factory):
+    """The same 14 pictures as pixels in memory and as files."""
+    files = write_pictures(tmp_path_factory.mktemp("files"), [(30, 34)] * 14)
+    pixels = torch.stack([pictures(1, 30, 34, seed=i)[0] for i in range(14)])
+    labels = torch.arange(14) % 3
+    return Images(labels, list("abc"), pixels=pixels), Images(labels, list("abc"), files=files)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_files_are_those_from_memory(in_files, workers):
+    views = [View(16, (0.2, 1.0)), View(8, (0.05, 0.25))]
+    memory, files = (all_batches(images, views, 4, 0, 5, workers) for images in in_files)
+    assert len(memory) == len(files) == 5
+    for a, b in zip(memory, files):
+        assert torch.equal(a.index, b.index) and torch.equal(a.labels, b.labels) and a.epoch == b.epoch
+        for v, w in zip(a.views, b.views):
+            assert v.dtype == w.dtype == torch.uint8 and (v.int() - w.int()).abs().max() <= 2
+
+
+def test_batches_visit_a_permutation_an_epoch_and_leave_the_rest_out(in_files):
+    found = all_batches(in_files[0], [View(8)], 4, 0, 9)  # 14 images: 3 batches of 4 an epoch
+    assert [b.epoch for b in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    epochs = [torch.cat([b.index for b in found[i : i + 3]]).tolist() for i in (0, 3, 6)]
+    assert all(len(set(e)) == 12 for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert all(torch.equal(b.labels, b.index % 3) for b in found)
+
+
+def test_batches_from_a_step_on_are_the_rest_of_the_batches(in_files):
+    whole, rest = (all_batches(in_files[0], [View(8)], 4, start, 7) for start in (0, 4))
+    assert len(rest) == 3
+    for a, b in zip(whole[4:], rest):
+        assert torch.equal(a.index, b.index) and torch.equal(a.views[0], b.views[0]) and a.epoch == b.epoch
+
+
+def test_the_ranks_parts_are_the_global_batch(in_files, monkeypatch):
+    views = [View(8), View(16)]
+    whole, parts = all_batches(in_files[0], views, 6, 0, 4), []
+    monkeypatch.setattr(common, "world", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        parts.append(all_batches(in_files[0], views, 6, 0, 4))
+    for step, batch in enumerate(whole):
+        mine = [p[step] for p in parts]
+        assert torch.equal(torch.cat([b.index for b in mine]), batch.index)
+        assert torch.equal(torch.cat([b.rows for b in mine]), torch.arange(6))
+        assert all(torch.equal(torch.cat([b.views[v] for b in mine]), batch.views[v]) for v in (0, 1))
+
+
+def test_half_of_the_views_are_mirrored():
+    images = Images(torch.zeros(400).long(), ["a"], pixels=pictures(400, 8, 8))
+    plain, flipped = (all_batches(images, [View(8, flip=f)] * 2, 400, 0, 1)[0].views for f in (False, True))
+    mirrored = []
+    for a, b in zip(plain, flipped):
+        mirrored.append((b == tv.horizontal_flip(a)).flatten(1).all(1))
+        assert ((b == a).flatten(1).all(1) | mirrored[-1]).all()
+        assert 160 < mirrored[-1].sum() < 240
+    assert 140 < (mirrored[0] != mirrored[1]).sum() < 260  # each view for itself
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_replaced_named_once_and_counted(tmp_path, capsys, workers):
+    files = write_pictures(tmp_path, [(20 + i, 24) for i in range(8)], "jpg")
+    files[2].write_bytes(files[2].read_bytes()[:200])
+    images, skipped = common.load_images(str(tmp_path), "train", labels=False), {}
+    batches = all_batches(images, [View(8)], 4, 0, 6, workers, skipped)  # three epochs
+    assert skipped == {str(files[2]): 3}
+    assert capsys.readouterr().err.count(str(files[2])) == 1
+    for first in (0, 2, 4):
+        index = torch.cat([b.index for b in batches[first : first + 2]])
+        assert sorted(index.tolist()) == [0, 1, 3, 3, 4, 5, 6, 7]  # the next image takes its place
+
+
+def test_a_set_of_nothing_readable_is_refused(tmp_path):
+    for file in write_pictures(tmp_path, [(20 + i, 24) for i in range(4)], "jpg"):
+        file.write_bytes(file.read_bytes()[:200])
+    images = common.load_images(str(tmp_path), "train", labels=False)
+    with pytest.raises(InputError, match="100 unreadable images in a row"):
+        all_batches(images, [View(8)], 4, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",  # a PNG's pixels start at byte 33: four bytes of length, four of type, then the pixels
+    [
+        pytest.param(lambda b: b[:60], id="cut off"),
+        pytest.param(lambda b: b[:33] + bytes([0, 0, 0, 9]) + b[37:], id="wrong length"),  # a SyntaxError in Pillow
+        pytest.param(lambda b: b[:41] + bytes(4) + b[45:], id="wrong pixels"),
+        pytest.param(lambda b: b"", id="empty"),
+        pytest.param(lambda b: b"GIF89a", id="another format"),
+    ],
+)
+def test_a_damaged_first_file_does_not_keep_a_folder_from_loading(tmp_path, damage):
+    files = write_pictures(tmp_path, [(20, 24)] * 4)
+    files[0].write_bytes(damage(files[0].read_bytes()))
+    images = common.load_images(str(tmp_path), "train", labels=False)
+    assert len(images) == 4 and images.pixels is None
+
+
+def test_folders_of_classes_give_labels(tmp_path):
+    for split, classes in (("train", "ba"), ("test", "ab")):
+        for c in classes:
+            write_pictures(tmp_path / split / c / "deeper", [(20, 24)] * 2)
+    train, val = common.load_splits(str(tmp_path), labels=True)
+    assert train.classes == val.classes == ["a", "b"] and train.labels.tolist() == [0, 0, 1, 1]
+    assert train.pixels.shape == (4, 3, 20, 24)  # small and of one size: decoded once
+    for i in range(4):
+        assert torch.equal(train.pixels[i], tv.pil_to_tensor(Image.open(train.files[i])))
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(InputError, match="different classes"):
+        common.load_splits(str(tmp_path))
+
+
+def test_any_tree_of_images_will_do_without_labels(tmp_path):
+    write_pictures(tmp_path / "x" / "y", [(20, 24), (30, 30)])
+    write_pictures(tmp_path, [(20, 24)], "jpg")
+    (tmp_path / "notes.txt").write_text("no image")
+    train, val = common.load_splits(str(tmp_path))
+    assert len(train) == 3 and val is None and train.labels.tolist() == [-1] * 3
+    assert train.pixels is None  # of different sizes: stay files
+
+
+def test_gray_and_transparent_files_are_read_as_rgb(tmp_path):
+    Image.fromarray(np.full((20, 20), 7, np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray(np.full((20, 20, 4), 7, np.uint8)).save(tmp_path / "alpha.png")
+    images = common.load_images(str(tmp_path), "train", labels=False)
+    assert images.pixels.shape == (2, 3, 20, 20) and (images.pixels == 7).all()
+
+
+def test_shapes_are_ten_classes_with_masks_of_their_objects():
+    images = common.shapes("val")
+    assert len(images) == 2000 and images.labels.bincount().tolist() == [200] * 10 and len(images.classes) == 10
+    assert images.pixels.dtype == torch.uint8 and images.masks.shape == (2000, *images.pixels.shape[2:])
+    area = images.masks.float().mean((1, 2))
+    assert area.min() > 0.01 and area.max() < 0.6
+
+
+@pytest.mark.skipif(SHAPES_HASH is None, reason="the set is not final")
+def test_shapes_are_the_same_bytes_everywhere():
+    assert hashlib.sha256(common.shapes("val").pixels.numpy().tobytes()).hexdigest() == SHAPES_HASH
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+def unit_pictures(count, side):
+    return pictures(count, side, side).double() / 255
+
+
+@pytest.mark.parametrize(
+    "ours, torchvisions, amounts",
+    [
+        (common.adjust_brightness, tv.adjust_brightness, (0.2, 0.9, 1.0, 1.8)),
+        (common.adjust_contrast, tv.adjust_contrast, (0.2, 0.9, 1.0, 1.8)),
+        (common.adjust_saturation, tv.adjust_saturation, (0.0, 0.9, 1.0, 1.8)),
+        (common.adjust_hue, tv.adjust_hue, (-0.5, -0.1, 0.0, 0.3)),
+        (common.gaussian_blur, lambda x, s: tv.gaussian_blur(x, [5, 5], [s, s]), (0.1, 0.5, 1.0, 2.0)),
+    ],
+)
+def test_colour_operations_are_torchvisions_with_an_amount_a_sample(ours, torchvisions, amounts):
+    x = unit_pictures(4, 40)
+    x[3, :, :3] = x[3, :1, :3]  # gray pixels have no hue
+    found = ours(x, torch.tensor(amounts).double())
+    for n, amount in enumerate(amounts):
+        assert error(found[n], torchvisions(x[n], amount)) < (1e-4 if ours is common.adjust_hue else 1e-5)
+
+
+def test_grayscale_is_torchvisions():
+    x = unit_pictures(4, 16)
+    assert error(common.grayscale(x), tv.rgb_to_grayscale(x)) < 1e-5
+
+
+def test_blur_spans_a_tenth_of_the_side():
+    point = torch.zeros(1, 3, 224, 224)
+    point[..., 112, 112] = 1
+    row = common.gaussian_blur(point, torch.tensor([50.0]))[0, 0, 112]
+    assert row.nonzero()[:, 0].tolist() == list(range(112 - 11, 112 + 12))  # 23 wide
+
+
+def test_views_without_colours_are_standardised():
+    x = pictures(3, 16, 16)
+    expected = tv.normalize(x.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert error(common.augment(x), expected) < 1e-6
+    assert torch.equal(common.to_bytes(common.augment(x)), x)
+
+
+def test_augment_is_torchvisions_operations_sample_by_sample():
+    colour = common.Colour((0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.3, p_blur=0.5, sigma=(0.3, 2.0), p_solarize=0.4)
+    x, noise = pictures(40, 32, 32), uniform((0, "colour"), torch.arange(40), 13)
+    found, counts = common.augment(x, colour, noise), collections.Counter()
+    for n in range(40):
+        y, u, near = x[n].float() / 255, noise[n].tolist(), torch.zeros(3, 32, 32, dtype=torch.bool)
+        operations = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+        if u[0] < 0.8:
+            order = sorted(range(4), key=lambda i: u[1 + i])
+            counts[tuple(order)] += 1
+            for i in order:
+                low, high = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)][i]
+                y = operations[i](y, low + (high - low) * u[5 + i])
+        if u[9] < 0.3:
+            y = tv.rgb_to_grayscale(y, 3)
+        if u[10] < 0.5:
+            sigma = 0.3 + 1.7 * u[12]
+            y = tv.gaussian_blur(y, [5, 5], [sigma, sigma])  # a tenth of 32
+        if u[11] < 0.4:
+            near = (y - 0.5).abs() < 1e-4  # a rounding error decides these
+            y = tv.solarize(y, 0.5)
+        y = tv.normalize(y, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        assert near.float().mean() < 0.01
+        assert error(found[n].masked_fill(near, 0), y.masked_fill(near, 0)) < 1e-3
+    assert len(counts) > 10  # orders of the jitter
+
+
+def test_colours_are_off_by_default_and_every_part_has_its_probability():
+    x, noise = pictures(300, 8, 8), uniform((1, "colour"), torch.arange(300), 13)
+    plain = common.augment(x)
+    assert torch.equal(common.augment(x, common.Colour(), noise), plain)
+    for colour in (common.Colour(p_gray=0.3), common.Colour(p_blur=0.3), common.Colour(p_solarize=0.3),
+                   common.Colour((0.4, 0.4, 0.2, 0.1), p_jitter=0.3)):  # fmt: skip
+        changed = (common.augment(x, colour, noise) != plain).flatten(1).any(1).sum().item()
+        assert scipy.stats.binomtest(changed, 300, 0.3).pvalue > 1e-3
+
+
+@cuda
+def test_crops_and_colours_on_a_gpu_are_those_of_the_cpu():
+    x, noise = pictures(20, 48, 48), uniform((0, "colour"), torch.arange(20), 13)
+    boxes = common.crop_boxes(uniform((0,), torch.arange(20), 22), 48, 48, (0.08, 1))
+    a, b = common.crop_resize(x, boxes, 32), common.crop_resize(x.cuda(), boxes.cuda(), 32).cpu()
+    assert (a.int() - b.int()).abs().max() <= 1
+    colour = common.Colour((0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
+    assert error(common.augment(x.cuda(), colour, noise), common.augment(x, colour, noise)) < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+# A whole run in a second: 16 pictures of 24 x 24, 2 steps an epoch, 6 steps a stage
+TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --mae_batch 8 --batch 8
+    --queue 32 --projector_hidden 16 --predictor_hidden 16 --head_dim 8 --k 4 --frozen 2 --ema 0.9 --mae_epochs 3
+    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --precision float32 --workers 0""".split()
+LOG = [(stage, step) for stage in ("mae", "head", "ct") for step in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Image folders: `flat` without labels, `labelled` with train/ and val/ of two classes, `mixed` sizes, `empty`.
+    Their pictures are larger than the encoder's 16 pixels, so that both crops have work."""
+    root = tmp_path_factory.mktemp("folders")
+    write_pictures(root / "flat", [(24, 24)] * 16)
+    write_pictures(root / "mixed", [(24 + i, 24) for i in range(16)])
+    for split, count in (("train", 8), ("val", 6)):
+        for c in "ab":
+            write_pictures(root / "labelled" / split / c, [(24, 24)] * count)
+    (root / "empty").mkdir()
+    return root
+
+
+def main(*argv):
+    """mae_ct's main in this process, on the CPU; returns what it printed."""
+    with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()) as out:
+        mae_ct.main([str(a) for a in argv])
+    return out.getvalue()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b, files=("mae.pt", "head.pt", "encoder.pt")):
+    """Whether two run folders hold the same bits."""
+    for file in files:
+        x, y = (torch.load(folder / file) for folder in (a, b))
+        x, y = x.get("model", x), y.get("model", y)
+        assert x.keys() == y.keys()
+        different = [k for k in x if not torch.equal(x[k], y[k])]
+        assert not different, f"{file}: {different}"
+
+
+def kill_at(owner, name, call, suffix, *argv):
+    """Runs mae_ct.py in a process that ends as by `kill -9` at the given call of a function (whose last argument ends in
+    `suffix`)."""
+    code = f"""if True:
+        import os, sys, common, mae_ct
+        real, calls = {owner}.{name}, []
+        def dying(*args):
+            calls.extend([0] * str(args[-1]).endswith({suffix!r}))
+            if len(calls) == {call}:
+                os.kill(os.getpid(), 9)
+            return real(*args)
+        {owner}.{name} = dying
+        mae_ct.main(sys.argv[1:])"""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], env=quiet_environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture(scope="module")
+def unbroken(folders):
+    """A run of all stages without labels."""
+    main(*TINY, "--data", folders / "flat", "--out", folders / "unbroken", "--save_every", 4)
+    return folders / "unbroken"
+
+
+def test_a_run_killed_twice_and_resumed_ends_with_the_same_bits(folders, unbroken):
+    flags, out = [*TINY, "--data", folders / "flat", "--save_every", 4], folders / "killed"
+    kill_at("common.Run", "_log", 6, "", *flags, "--out", out)  # in step 5, the checkpoint is of step 4
+    assert len(log_of(out)) == 5
+    kill_at("os", "replace", 4, "last.pt", "--out", out, "--resume")  # half-way through writing a checkpoint of stage ct
+    assert torch.load(out / "last.pt")["stage"] == "head"
+    assert "resuming head" in main("--out", out, "--resume")
+    same_weights(out, unbroken)
+    assert [(e["stage"], e["step"]) for e in log_of(out)] == LOG
+    assert [e["loss"] for e in log_of(out)] == [e["loss"] for e in log_of(unbroken)]
+
+
+class Killed(Exception):
+    pass
+
+
+def break_at(step, *argv):
+    """Runs main until it has taken so many steps."""
+    real, calls = common.Run.optimize, []
+
+    def optimize(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) > step:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    with mock.patch.object(common.Run, "optimize", optimize), pytest.raises(Killed):
+        main(*argv)
+
+
+@pytest.mark.parametrize("stages", ["mae,head,ct", "combined,head,ct"])
+@pytest.mark.parametrize("step", [6, 9, 12, 17])  # a stage's first step, the middle, the run's last step
+def test_a_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tmp_path, stages, step):
+    flags, whole = [*TINY, "--data", folders / "labelled", "--stages", stages], folders / stages
+    if not whole.exists():
+        main(*flags, "--out", whole)
+    break_at(step, *flags, "--out", tmp_path / "run")
+    main("--out", tmp_path / "run", "--resume")
+    same_weights(tmp_path / "run", whole)
+    assert (tmp_path / "run" / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(folders, unbroken):
+    before = {f.name: f.read_bytes() for f in unbroken.iterdir()}
+    main("--out", unbroken, "--resume")
+    assert [(e["stage"], e["step"]) for e in log_of(unbroken)] == LOG
+    after = {f.name: f.read_bytes() for f in unbroken.iterdir()}
+    assert before.keys() == after.keys() and before["log.jsonl"] == after["log.jsonl"]
+    for name in before.keys() - {"last.pt"}:
+        assert before[name] == after[name], name
+
+
+def test_a_half_written_log_line_is_dropped(folders, tmp_path):
+    flags = [*TINY, "--data", folders / "flat", "--stages", "mae"]
+    break_at(4, *flags, "--out", tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as f:
+        f.write('{"stage": "mae", "st')
+    main("--out", tmp_path / "run", "--resume")
+    assert [(e["stage"], e["step"]) for e in log_of(tmp_path / "run")] == LOG[:6]
+
+
+@pytest.mark.parametrize("whom", ["the process", "its workers too"])  # as `timeout`, Slurm and terminals do
+def test_sigterm_saves_says_how_to_resume_and_exits_with_0(folders, tmp_path, whom):
+    out = tmp_path / "run"
+    flags = [*TINY, "--data", folders / "mixed", "--stages", "mae", "--mae_epochs", 10000, "--workers", 1, "--out", out]
+    command = [sys.executable, HERE / "mae_ct.py", *flags]
+    program = subprocess.Popen([str(c) for c in command], env=quiet_environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    while program.poll() is None and not ((out / "log.jsonl").exists() and len(log_of(out)) > 3):
+        time.sleep(0.2)
+    (os.kill if whom == "the process" else os.killpg)(program.pid, signal.SIGTERM)
+    printed, errors = program.communicate(timeout=60)
+    assert program.returncode == 0, errors
+    assert f"--out {out} --resume" in printed
+    assert torch.load(out / "last.pt")["step"] == len(log_of(out)) > 3
+
+
+def runaway(tmp_path, bad):
+    """Trains a tiny module for as many steps as `bad` has, with a loss of nan where it is true; yields its weight."""
+    module, images = nn.Linear(4, 1), Images(torch.zeros(8).long(), [], pixels=pictures(8, 8, 8))
+    optimizer = common.adamw(common.parameter_groups(module, 0.1, 0.0))
+    run = common.Run(common.RunSettings(out=str(tmp_path / "run"), precision="float32", workers=0), CPU)
+    state = dict(module=module, optimizer=optimizer)
+    for _ in run.steps("stage", images, [View(8)], 8, len(bad), state):
+        loss = module(torch.ones(1, 4)).square().sum() * (math.nan if bad[run.step] else 1)
+        loss.backward()
+        taken = run.optimize(optimizer, loss.detach())
+        yield taken, module.weight.detach().clone()
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys):
+    taken, weights = zip(*runaway(tmp_path, [False, True, False]))
+    assert taken == (True, False, True)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert "step 1 (stage) skipped" in capsys.readouterr().out
+    assert [e["step"] for e in log_of(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    bad, steps = [True] * 9 + [False] + [True] * 9 + [False] + [True] * 20, 0
+    with pytest.raises(InputError, match="10 steps in a row were not finite.*last.pt"):
+        for _ in runaway(tmp_path, bad):
+            steps += 1
+    assert steps == 9 + 1 + 9 + 1 + 9
+
+
+def test_gradients_are_clipped_as_torch_does(tmp_path):
+    norms = []
+    for clip in (0.0, 0.5):
+        module, images = nn.Linear(4, 1), Images(torch.zeros(8).long(), [], pixels=pictures(8, 8, 8))
+        optimizer = torch.optim.SGD([dict(params=module.parameters(), peak_lr=1.0)])
+        settings = common.RunSettings(out=str(tmp_path / f"{clip}"), precision="float32", workers=0, clip_grad=clip)
+        run, old = common.Run(settings, CPU), copy.deepcopy(module)
+        for _ in run.steps("stage", images, [View(8)], 8, 1, dict(module=module, optimizer=optimizer)):
+            loss = (100 * module(torch.ones(1, 4))).sum()
+            loss.backward()
+            run.optimize(optimizer, loss.detach())
+        step = torch.cat([(p - q).flatten() for p, q in zip(module.parameters(), old.parameters())])
+        norms.append((step.norm().item(), log_of(run.folder)[0]["grad_norm"]))
+    full = 100 * math.sqrt(5)
+    assert norms[0] == pytest.approx((full, full), rel=1e-4) and norms[1] == pytest.approx((0.5, full), rel=1e-4)
+
+
+def test_runs_without_a_name_get_fresh_numbered_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [common.Run(common.RunSettings(), CPU).folder for _ in range(3)]
+    assert [str(f) for f in folders] == ["runs/001", "runs/002", "runs/003"]
+    assert json.loads((folders[0] / "config.json").read_text())["seed"] == 0
+
+
+def test_settings_are_flags_of_their_names_and_given_ones_win():
+    parse = lambda *argv: common.parse_settings(mae_ct.Settings, mae_ct.presets, list(argv), "x")
+    s = parse("--data", "folder", "--model", "vit_h14", "--epochs", "7", "--no-nn_lookup", "--aug")
+    assert (s.model, s.epochs, s.nn_lookup, s.aug) == ("vit_h14", 7, False, True)
+    assert s.temperature == 0.35 and s.frozen == 16  # the model's column of Table 10
+
+
+def test_resume_takes_the_runs_settings_and_refuses_others(folders, unbroken):
+    parse = lambda *argv: common.parse_settings(mae_ct.Settings, mae_ct.presets, list(argv), "x")
+    s = parse("--out", str(unbroken), "--resume", "--workers", "3")
+    assert s.resume and s.workers == 3 and s.queue == 32 and s.data == str(folders / "flat")
+    with pytest.raises(InputError, match="--queue 64 contradicts"):
+        parse("--out", str(unbroken), "--resume", "--queue", "64")
+
+
+def test_precision_is_named_or_found():
+    assert common.precision_of("float32", CPU) == torch.float32 and common.precision_of("bfloat16", CPU) == torch.bfloat16
+    assert common.precision_of("auto", torch.device("cuda")) == torch.bfloat16
+    with pytest.raises(InputError, match="--precision fp16"):
+        common.precision_of("fp16", CPU)
+
+
+# ----------------------------------------------------------------------------------------------- MAE pre-training
+
+
+def test_pretraining_takes_the_steps_of_a_plain_loop(tmp_path):
+    s, images = tiny_settings(out=str(tmp_path / "run")), tiny_images()
+    encoder, decoder, _ = tiny_models(s, torch.float64)
+    modules = copy.deepcopy(nn.ModuleList([encoder, decoder]))
+    with views_in(torch.float64):
+        common.pretrain_mae(common.Run(s, CPU), encoder, decoder, images, epochs=2, batch=8, lr=1e-2, warmup_epochs=1)
+
+    decay = [p for n, p in modules.named_parameters() if p.ndim > 1 and "token" not in n and p.requires_grad]
+    rest = [p for n, p in modules.named_parameters() if (p.ndim == 1 or "token" in n) and p.requires_grad]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.05), dict(params=rest, weight_decay=0.0)],
+                                  betas=(0.9, 0.95))  # fmt: skip
+    for step, data in enumerate(common.batches(images, [View(16)], 8, 0, 4, s.seed, CPU, 0, {})):
+        x, (f, d) = common.augment(data.views[0]).double(), modules
+        ids, restore, mask = common.random_masking(uniform((s.seed, "mae", step, "mask"), torch.arange(8), 1, 16)[:, 0], 0.75)
+        target = F.unfold(x, 4, stride=4).transpose(1, 2).unflatten(2, (3, 16)).transpose(2, 3).flatten(2)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        loss = (((d(f(x, ids), restore) - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:  # 2 steps of warm-up, 2 of cosine; lr x batch / 256
+            group["lr"] = 1e-2 * 8 / 256 * (0.5, 1.0, 1.0, 0.5)[step]
+        optimizer.step()
+    for (name, a), b in zip(nn.ModuleList([encoder, decoder]).named_parameters(), modules.parameters()):
+        assert error(a, b) < 1e-9, name
+
+
+def test_reconstruction_shows_visible_patches_and_predictions():
+    s = tiny_settings()
+    encoder, decoder, _ = tiny_models(s, torch.float64)
+    x, noise = normal(2, 3, 16, 16), uniform((0,), torch.arange(2), 16)
+    masked, restored = common.reconstruct(encoder, decoder, x, noise)
+    ids, restore, mask = common.random_masking(noise, 0.75)
+    pred = decoder(encoder(x, ids), restore)
+    for n, l in itertools.product(range(2), range(16)):
+        row, column = divmod(l, 4)
+        cut = lambda t: t[n, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+        if mask[n, l]:
+            patch = pred[n, l].view(4, 4, 3).permute(2, 0, 1) * (cut(x).var() + 1e-6).sqrt() + cut(x).mean()
+            assert not cut(masked).any() and error(cut(restored), patch) < 1e-10
+        else:
+            assert torch.equal(cut(masked), cut(x)) and error(cut(restored), cut(x)) < 1e-12
+
+
+# --------------------------------------------------------------------------------------------- weights in and out
+
+
+def nano(**changes):
+    """An encoder of a width that files of others may have (`nano`: 128 wide, 4 heads)."""
+    return vit(**(dict(dim=128, heads=4, depth=2) | changes)).float()
+
+
+def test_a_file_written_here_loads_into_timms_vit_base(tmp_path):
+    with torch.no_grad():
+        encoder = common.build_vit("vit_b16", 224)
+    common.save_encoder(tmp_path / "encoder.pt", encoder)
+    content = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    with torch.device("meta"):
+        reference = timm.create_model("vit_base_patch16_224")
+    fit = reference.load_state_dict(content["model"], strict=False, assign=True)
+    assert fit.missing_keys == ["head.weight", "head.bias"] and not fit.unexpected_keys
+    x = normal(1, 3, 224, 224).float()
+    assert error(encoder(x), reference.eval().forward_features(x)) < 1e-4
+
+
+def test_a_post_norm_encoder_does_not_pass_for_a_pre_norm_one(tmp_path):
+    common.save_encoder(tmp_path / "encoder.pt", vit(post_norm=True))
+    state = torch.load(tmp_path / "encoder.pt")["model"]
+    fit = timm_vit(vit().state_dict()).load_state_dict(state, strict=False)
+    assert {k for k in fit.missing_keys if k.startswith("blocks.")} >= {"blocks.0.attn.qkv.weight", "blocks.2.norm2.bias"}
+    assert "post_blocks.0.attn.qkv.weight" in fit.unexpected_keys
+    with pytest.raises(InputError, match="is missing.*blocks"):
+        common.init_encoder(vit(), tmp_path / "encoder.pt")
+
+
+def test_an_encoder_file_says_what_a_reader_needs(tmp_path):
+    common.save_encoder(tmp_path / "encoder.pt", nano(pool="mean"), epochs=3)
+    assert torch.load(tmp_path / "encoder.pt")["encoder"] == dict(
+        image_size=32, patch_size=8, dim=128, depth=2, heads=4, post_norm=False, pool="mean", final_norm=True, stem="patch",
+        epochs=3,
+    )  # fmt: skip
+    x = normal(1, 3, 32, 32).float()
+    for encoder in (nano(pool="mean"), nano(post_norm=True), nano(dim=24, heads=3)):
+        common.save_encoder(tmp_path / "encoder.pt", encoder)
+        again = common.load_encoder(tmp_path / "encoder.pt")
+        assert torch.equal(again(x), encoder(x)) and again.pool == encoder.pool
+
+
+def public_files(encoder):
+    """The same weights as others write them: name → content."""
+    state = encoder.state_dict()
+    decoder = common.MAEDecoder((4, 4), 8, 128, 32, 1, 2).state_dict()
+    bare = state | dict(pos_embed=state["pos_embed"][:, 1:])
+    return {
+        "MAE": dict(model=state),
+        "MAE with decoder": dict(model=state | decoder, args=argparse.Namespace(lr=1e-3, output_dir="x"), epoch=800),
+        "timm": state | {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)},
+        "MAE-CT": dict(state_dict=bare, ctor_kwargs=dict(patch_size=8)),
+    }
+
+
+@pytest.mark.parametrize("name", public_files(nano()))
+def test_public_files_load(tmp_path, name):
+    encoder, x = nano(), normal(1, 3, 32, 32).float()
+    encoder.pos_embed.data[:, 0] = 0  # as in all of them
+    torch.save(public_files(encoder)[name], tmp_path / "public.pth")
+    assert error(common.load_encoder(tmp_path / "public.pth")(x), encoder(x)) < 1e-6
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_data2vec_files_load(tmp_path, prefix):
+    encoder, x, image = nano(post_norm=True), normal(1, 3, 32, 32).float(), "modality_encoders.IMAGE."
+    encoder.pos_embed.data[:, 0] = 0
+    names = {"patch_embed.": image + "local_encoder.", "cls_token": image + "extra_tokens", "post_blocks.": "blocks."}
+    names |= {"embed_norm.": image + "context_encoder.norm.", "pos_embed": image + "fixed_positional_encoder.positions"}
+    state = {}
+    for key, value in encoder.state_dict().items():
+        old = next(n for n in names if key.startswith(n))
+        state[prefix + names[old] + key.removeprefix(old)] = value[:, 1:] if key == "pos_embed" else value
+    state[prefix + image + "decoder.blocks.0.0.weight"] = torch.zeros(3)
+    state[prefix + "_ema"] = {"0.attn.qkv.weight": torch.zeros(3)}  # fairseq keeps the teacher as a dict in the dict
+    torch.save(dict(model=state), tmp_path / "data2vec.pt")
+    assert error(common.load_encoder(tmp_path / "data2vec.pt")(x), encoder(x)) < 1e-6
+
+
+def test_positions_are_interpolated_to_another_image_size(tmp_path):
+    encoder, x = nano(), normal(1, 3, 48, 48).float()
+    common.save_encoder(tmp_path / "encoder.pt", encoder)
+    assert error(common.load_encoder(tmp_path / "encoder.pt", image_size=48)(x), encoder(x)) < 1e-5
+
+
+def test_weights_that_do_not_fit_are_named_with_their_shapes(tmp_path):
+    common.save_encoder(tmp_path / "encoder.pt", nano())
+    with pytest.raises(InputError, match=r"encoder.pt does not fit.*blocks.0.attn.proj.bias is \(128,\), expected \(32,\)"):
+        common.init_encoder(vit(depth=2), tmp_path / "encoder.pt")
+    with pytest.raises(InputError, match="blocks.2.attn.proj.bias is missing"):
+        common.init_encoder(nano(depth=3), tmp_path / "encoder.pt")
+
+
+def test_a_file_with_objects_is_refused_and_the_advice_helps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=nano().state_dict(), cfg=Fraction(1, 2)), "fairseq.pt")
+    with pytest.raises(InputError, match="fairseq.pt holds more than tensors") as refused:
+        common.load_encoder("fairseq.pt")
+    lines = [line.strip() for line in str(refused.value).splitlines() if line.startswith("    ")]
+    assert len(lines) == 3 and any("torch.save" in line for line in lines)
+    exec("\n".join(lines))
+    common.load_encoder("stripped.pt")
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (None, "no such file"),
+        (b"", "not a readable torch file"),
+        (b"hello", "not a readable torch file"),
+        (b"<!DOCTYPE html><html>404 Not Found</html>", "not a readable torch file"),
+        (b"PK\x03\x04 cut off", "not a readable torch file"),
+        ([1, 2], "is no encoder file"),
+        (dict(model=dict(a=1)), "is no encoder file"),
+        (dict(fc=torch.zeros(3)), "is no ViT encoder"),
+        ({"patch_embed.proj.weight": torch.zeros(100, 3, 8, 8), "pos_embed": torch.zeros(1, 17, 100)}, "width 100"),
+    ],
+)
+def test_files_that_are_no_encoder_are_refused(tmp_path, content, fault):
+    file = tmp_path / "file.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(InputError, match=fault) as refused:
+        common.load_encoder(file)
+    assert "file.pt" in str(refused.value)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    common.save_file(tmp_path / "x.pt", 1)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        common.save_file(tmp_path / "x.pt", 2)
+    assert torch.load(tmp_path / "x.pt") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_drawn_picture_holds_the_images_and_their_frames(tmp_path):
+    x = pictures(3, 16, 16)
+    common.draw(tmp_path / "p.png", [("row", x, ["red", None, "black"]), ("another", x[:1], None)], side=16)
+    canvas = np.array(Image.open(tmp_path / "p.png"))
+    found = 0
+    for top, left in itertools.product(range(canvas.shape[0] - 15), range(canvas.shape[1] - 15)):
+        window = canvas[top : top + 16, left : left + 16]
+        found += any(np.array_equal(window, i.permute(1, 2, 0).numpy()) for i in x)
+    assert found == 4
+    red = (canvas == [255, 0, 0]).all(-1).sum()
+    assert red >= 4 * 16  # a frame around 16 x 16
+
+
+# --------------------------------------------------------------------------------------------------------- MAE-CT
+
+
+def test_settings_are_those_of_tables_9_and_10():
+    columns = "vit_b16 vit_l16 vit_h16 vit_h14".split()
+    every = dict(layer_decay=0.65, lr=1e-4, weight_decay=0.05, ema=0.9999, head_weight_decay=1e-5, warmup=0.2)
+    table_9 = dict(epochs=[20, 20, 30, 30], batch=[1024, 1024, 512, 512], frozen=[6, 12, 16, 16], ct_head_lr=[1e-4] * 4,
+                   temperature=[0.15, 0.2, 0.3, 0.3], k=[20] * 4, projector_ema=[0.99, 0.99, 0.995, 0.995])  # fmt: skip
+    table_10 = dict(epochs=[80, 40, 40, 40], batch=[1024, 1024, 512, 512], frozen=[6, 12, 16, 16], ct_head_lr=[5e-4] * 4,
+                    temperature=[0.15, 0.15, 0.35, 0.35], k=[10, 10, 30, 30], projector_ema=[0.99, 0.99, 0.995, 0.995])  # fmt: skip
+    text = dict(queue=65536, head_epochs=20, head_lr=1e-4, head_temperature=0.15, head_dim=256)  # Algorithm 1, A.2
+    text |= dict(projector_hidden=2048, predictor_hidden=4096, mae_epochs=1600, mae_lr=1.5e-4, mask_ratio=0.75, image_size=224)
+    for flags, table in (([], table_9), (["--aug"], table_10)):
+        for i, model in enumerate(columns):
+            argv = ["--data", "imagenet", "--model", model, *flags]
+            s = common.parse_settings(mae_ct.Settings, mae_ct.presets, argv, "x")
+            expected = every | text | {name: row[i] for name, row in table.items()}
+            expected |= dict(pool="mean" if model == "vit_b16" else "cls")  # A.2
+            assert {name: getattr(s, name) for name in expected} == expected
+
+
+def test_variants_have_their_settings():
+    parse = lambda *argv: common.parse_settings(mae_ct.Settings, mae_ct.presets, ["--data", "imagenet", *argv], "x")
+    s = parse("--mae_views", "2")
+    assert (s.mae_epochs, s.mae_batch) == (800, 1024)  # A.1
+    assert parse("--mae_views", "2", "--model", "vit_h16").mae_batch == 512
+    assert parse("--oracle").epochs == 30  # B.2
+    assert parse("--stages", "combined,ct").mae_views == 2  # 4.5
+
+
+@pytest.mark.parametrize("stage, frozen, k, projector_ema", [("ct", 1, 3, 0.7), ("head", 3, 1, 0.0)])
+def test_the_loop_is_algorithm_1(tmp_path, stage, frozen, k, projector_ema):
+    s, images = tiny_settings(out=str(tmp_path / "run"), layer_decay=1.0), tiny_images(8)  # an epoch is one step
+    encoder, _, head = tiny_models(s, torch.float64)
+    f, g, h, Q, own = copy.deepcopy(encoder), torch_head(head.g), torch_head(head.h), head.Q.embeddings.clone(), [-1] * 32
+    with views_in(torch.float64):
+        found_f_m = mae_ct.contrastive(common.Run(s, CPU), stage, encoder, head, images, epochs=4, lr=1e-2, head_lr=2e-2,
+                                       frozen=frozen, temperature=0.2, k=k, projector_ema=projector_ema)  # fmt: skip
+
+    trained = [p for name, p in f.named_parameters() if name.startswith(("blocks.1", "blocks.2", "norm"))] if frozen < 3 else []
+    heads = [*g.parameters(), *h.parameters()]
+    f_m, g_m = copy.deepcopy(f), copy.deepcopy(g)
+    groups = [dict(params=[p for p in trained if p.ndim > 1], lr=1e-2, weight_decay=0.05),
+              dict(params=[p for p in trained if p.ndim == 1], lr=1e-2, weight_decay=0.0),
+              dict(params=[p for p in heads if p.ndim > 1], lr=2e-2, weight_decay=1e-5),
+              dict(params=[p for p in heads if p.ndim == 1], lr=2e-2, weight_decay=0.0)]  # fmt: skip
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+    peaks = [group["lr"] * 8 * 2 / 256 for group in optimizer.param_groups]  # lr x batch x views / 256
+
+    def topk_NN(z, Q, dice, index):
+        similarities = z @ Q.T
+        for n, i in enumerate(index):
+            for place, o in enumerate(own):
+                if o == i:
+                    similarities[n, place] = -1  # the sample's own embedding of the last epoch
+        candidates = similarities.topk(k, dim=1).indices
+        return Q[candidates[torch.arange(len(z)), dice]]
+
+    def L(nn, p):
+        return F.cross_entropy(nn @ p.T / 0.2, torch.arange(len(p)))
+
+    for step, data in enumerate(common.batches(images, [View(16, (0.08, 1.0))] * 2, 8, 0, 4, s.seed, CPU, 0, {})):
+        x1, x2 = (common.augment(x).double() for x in data.views)
+        dice = (uniform((s.seed, stage, step, "dice"), torch.arange(8), 2) * k).long()
+        y1, y2 = f(x1)[:, 1:].mean(1), f(x2)[:, 1:].mean(1)
+        p1, p2 = F.normalize(h(g(y1)), dim=1), F.normalize(h(g(y2)), dim=1)
+        with torch.no_grad():
+            z1, z2 = F.normalize(g_m(y1), dim=1), F.normalize(g_m(y2), dim=1)
+        nn1, nn2 = topk_NN(z1, Q, dice[:, 0], data.index.tolist()), topk_NN(z2, Q, dice[:, 1], data.index.tolist())
+        loss = L(nn1, p2) / 2 + L(nn2, p1) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.step()
+        Q, own = torch.cat([Q[8:], z1]), own[8:] + data.index.tolist()
+        for average, source, t in ((f_m, f, 0.9), (g_m, g, projector_ema)):
+            for a, b in zip(average.parameters(), source.parameters()):
+                a.data = t * a.data + (1 - t) * b.data
+        for a, b in zip(g_m.buffers(), g.buffers()):
+            a.copy_(b)
+
+    assert error(head.Q.embeddings.roll(-32, 0), Q) < 1e-9 and head.Q.indices.tolist() == own
+    pairs = dict(f=(encoder, f), f_m=(found_f_m, f_m), g=(head.g, g), h=(head.h, h), g_m=(head.g_m, g_m))
+    for name, (ours, reference) in pairs.items():
+        assert all_equal(list(ours.parameters()), list(reference.parameters()), 1e-8), name
+    assert error(head.g_m[1].running_var, g_m[1].running_var) < 1e-9
+
+
+def test_one_view_in_mae_and_two_in_contrastive_stages_scale_the_lr(tmp_path):
+    for stage, peaks in (("mae", [1e-3 * 8 / 256]), ("head", [1e-3 * 8 * 2 / 256])):
+        s = tiny_settings(out=str(tmp_path / stage))
+        encoder, decoder, head = tiny_models(s, torch.float32)
+        run = Recorder(s, CPU)
+        if stage == "mae":
+            common.pretrain_mae(run, encoder, decoder, tiny_images(), epochs=1, batch=8, lr=1e-3, warmup_epochs=0, views=2)
+        else:
+            mae_ct.contrastive(run, stage, encoder, head, tiny_images(), epochs=1, lr=0.0, head_lr=1e-3, frozen=3,
+                               temperature=0.2, k=1, projector_ema=0.0)  # fmt: skip
+        assert run.peaks == [pytest.approx(peaks)] * 2
+
+
+def nnclr_case():
+    torch.manual_seed(0)
+    head = mae_ct.NNCLRHead(16, tiny_settings()).double()
+    head.Q.push(common.normalize(normal(32, 8, seed=9)), torch.arange(32), torch.arange(32) % 4)
+    y1, y2 = normal(8, 16, seed=1), normal(8, 16, seed=2)
+    return head, (y1, y2, torch.arange(8), torch.arange(8) % 4, uniform((0,), torch.arange(8), 2))
+
+
+def test_without_nn_lookup_the_samples_own_projection_is_the_positive():
+    head, (y1, y2, *rest) = nnclr_case()
+    found, aux = head.loss(y1, y2, *rest, 0.2, 3, nn_lookup=False)
+    g, h = torch_head(head.g), torch_head(head.h)
+    (p1, z1), (p2, z2) = ((F.normalize(h(g(y)), dim=1), F.normalize(g(y), dim=1)) for y in (y1, y2))
+    target = torch.arange(8)
+    expected = F.cross_entropy(z1 @ p2.T / 0.2, target) / 2 + F.cross_entropy(z2 @ p1.T / 0.2, target) / 2
+    assert error(found, expected) < 1e-10 and error(aux["z1"], z1) < 1e-10
+
+
+def test_oracle_neighbours_are_all_of_the_samples_class():
+    head, inputs = nnclr_case()
+    assert head.loss(*inputs, 0.2, 3, oracle=True)[1]["nn_accuracy"] == 1
+    assert head.loss(*inputs, 0.2, 3, oracle=False)[1]["nn_accuracy"] < 1
+
+
+def test_a_detached_head_sends_no_gradient_to_the_encoder(tmp_path):
+    def gradients(folder, micro_batch=0, **changes):
+        found = step_outcome("combined", micro_batch, tmp_path / folder, **changes)["gradients"][0]
+        return found[: len([p for p in tiny_models(tiny_settings(), torch.float64)[0].parameters() if p.requires_grad])]
+
+    alone, detached = gradients("a", combined_weight=0.0), gradients("b", combined_weight=5.0, detach=True)
+    attached = gradients("c", combined_weight=5.0)
+    in_pieces = gradients("d", 2, combined_weight=5.0, detach=True)
+    assert all_equal(detached, alone, 1e-10) and all_equal(in_pieces, alone, 1e-10)
+    assert not all_equal(attached, alone, 1e-3)
+
+
+def test_a_whole_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_path):
+    out, data = tmp_path / "run", folders / "labelled"
+    printed = main(*TINY, "--data", data, "--out", out)
+    names = "config.json log.jsonl last.pt mae.pt head.pt encoder.pt results.json reconstruction.png retrieval.png".split()
+    assert {f.name for f in out.iterdir()} == set(names)
+    results = json.loads((out / "results.json").read_text())
+    assert results.keys() == {"mae", "mae_ct"} and results["mae"].keys() >= {"knn", "probe", "cluster_acc"}
+    assert "mae_ct" in printed and str(out) in printed
+    for stage, file in (("mae", "mae.pt"), ("mae_ct", "encoder.pt")):
+        for protocol, flags in (("knn", []), ("probe", ["--cached"]), ("cluster", [])):
+            with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+                argv = [protocol, "--encoder", out / file, "--data", data, "--precision", "float32", "--workers", 0, *flags]
+                protocols.main([str(a) for a in argv])
+            written = json.loads((out / f"{protocol}.json").read_text())
+            for name in results[stage].keys() & written.keys():
+                assert written[name] == pytest.approx(results[stage][name], abs=1e-3), (stage, name)
+
+    probe, val = torch.load(out / "probe.pt"), common.load_images(str(data), "val")
+    x, y = protocols.features(common.load_encoder(out / "encoder.pt"), val, CPU)
+    logits = (x - probe["mean"]) / (probe["var"] + probe["eps"]).sqrt() @ probe["weight"].T + probe["bias"]
+    assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(written_probe(out), abs=1e-3)
+
+
+def written_probe(out):
+    return json.loads((out / "probe.json").read_text())["probe"]
+
+
+@slow
+def test_torchrun_of_the_program_is_the_program(folders, tmp_path):
+    flags = [*TINY, "--data", folders / "labelled"]
+    main(*flags, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "mae_ct.py"]
+    done = subprocess.run([str(c) for c in [*command, *flags, "--out", tmp_path / "two"]], env=quiet_environment(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / n / "mae.pt")["model"] for n in ("one", "two"))
+    assert all(error(two[k], one[k]) < 1e-2 for k in one if one[k].abs().max() > 1e-3)
+    assert [(e["stage"], e["step"]) for e in log_of(tmp_path / "two")] == LOG
+    losses = [[e["loss"] for e in log_of(tmp_path / n)] for n in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@slow
+def test_the_short_built_in_run_learns(tmp_path):
+    main("--short", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["mae_ct"]["knn"] > results["mae"]["knn"] > 15  # chance is 10
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def knn_data():
+    """Three overlapping classes: train features and labels, test features and labels."""
+    x = normal(113, 6) + 0.7 * F.one_hot(torch.arange(113) % 3, 6).double()
+    y = torch.arange(113) % 3
+    return x[:80].float(), y[:80], x[80:].float(), y[80:]
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_knn_is_a_vote_weighted_by_similarity(temperature, standardize):
+    train_x, train_y, test_x, test_y = knn_data()
+    found = protocols.knn(train_x, train_y, test_x, test_y, (1, 7, 20), temperature, standardize)["knn_by_k"]
+    a, b = train_x.double().numpy(), test_x.double().numpy()
+    if standardize:
+        mean, std = a.mean(0), a.std(0, ddof=1) + 1e-6
+        a, b = (a - mean) / std, (b - mean) / std
+    for k in (1, 7, 20):
+        right = 0
+        for n in range(len(b)):
+            similarity = [x @ b[n] / np.linalg.norm(x) / np.linalg.norm(b[n]) for x in a]
+            votes = [0.0] * 3
+            for i in sorted(range(len(a)), key=lambda i: -similarity[i])[:k]:
+                votes[train_y[i]] += math.exp(similarity[i] / temperature) if temperature else similarity[i]
+            right += votes.index(max(votes)) == test_y[n]
+        assert found[k] == pytest.approx(100 * right / len(b))
+
+
+def test_knn_is_scikit_learns():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train_x, train_y, test_x, test_y = knn_data()
+    found = protocols.knn(train_x, train_y, test_x, test_y, ks=(5, 10, 30))
+    for k, accuracy in found["knn_by_k"].items():
+        weights = lambda distances: np.exp((1 - distances) / 0.07)
+        reference = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine").fit(train_x, train_y)
+        assert accuracy == pytest.approx(100 * reference.score(test_x, test_y))
+    assert found["knn"] == max(found["knn_by_k"].values()) == found["knn_by_k"][found["k"]]
+
+
+def test_nearest_in_chunks_is_nearest_at_once():
+    train, test = common.normalize(normal(57, 8)), common.normalize(normal(9, 8, seed=1))
+    order = (test @ train.T).argsort(1, descending=True)[:, :6]
+    for chunk in (4, 5, 20, 57, 100):
+        similarity, index = protocols.nearest(train, test, 6, chunk)
+        assert torch.equal(index, order)
+        assert error(similarity, (test @ train.T).gather(1, order)) < 1e-12
+
+
+def test_features_are_those_of_each_image_alone_in_order():
+    encoder, images = vit(pool="mean").float(), Images(torch.arange(9), [], pixels=pictures(9, 32, 32))
+    x, y = protocols.features(encoder, images, CPU)
+    for n in range(9):
+        tokens = encoder(common.augment(images.pixels[n : n + 1]))
+        assert error(x[n], tokens[0, 1:].mean(0)) < 1e-5
+    assert torch.equal(y, torch.arange(9)) and not x.requires_grad
+
+
+def test_probes_side_by_side_are_probes_alone():
+    x, y, steps = normal(60, 5).float(), torch.arange(60) % 3, 12
+    batches, lrs = list(protocols.cached_batches(x, y, 20, 4)), (0.1, 0.5, 3.0)
+    result, probes = protocols.probe(batches, steps, 2, x, y, 20, lrs)
+    torch.manual_seed(0)
+    start = protocols.Probes(3, 5, 3)
+    for i, lr in enumerate(lrs):
+        norm, linear = nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)
+        linear.weight.data, linear.bias.data = start.weight.data[i].clone(), start.bias.data[i].clone()
+        optimizer = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9)
+        for step, (a, b) in enumerate(batches):
+            factor = (step + 1) / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+            optimizer.param_groups[0]["lr"] = lr * 20 / 256 * factor
+            optimizer.zero_grad()
+            F.cross_entropy(linear(norm(a)), b).backward()
+            optimizer.step()
+        assert error(probes.weight[i], linear.weight) < 1e-5 and error(probes.bias[i], linear.bias) < 1e-4
+        accuracy = 100 * (linear(norm.eval()(x)).argmax(1) == y).float().mean().item()
+        assert result["probe_by_lr"][lr] == pytest.approx(accuracy)
+    assert result["probe"] == max(result["probe_by_lr"].values()) == result["probe_by_lr"][result["lr"]]
+
+
+def test_probe_rates_are_table_11s():
+    assert protocols.PROBE_LRS == (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
+
+
+def test_cached_batches_visit_every_sample_once_an_epoch_and_are_split_over_ranks(monkeypatch):
+    x, y = torch.arange(20).float()[:, None], torch.arange(20)
+    whole = [b[1] for b in protocols.cached_batches(x, y, 4, 2)]
+    assert len(whole) == 10 and all(sorted(torch.cat(whole[i : i + 5]).tolist()) == list(range(20)) for i in (0, 5))
+    monkeypatch.setattr(protocols, "world", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(protocols, "rank", lambda: rank)
+        parts.append([b[1] for b in protocols.cached_batches(x, y, 4, 2)])
+    assert all(torch.equal(torch.cat([a, b]), w) for a, b, w in zip(*parts, whole, strict=True))
+
+
+def test_augmented_batches_are_features_of_crops():
+    encoder, images = vit().float(), tiny_images(12)
+    found = list(protocols.augmented_batches(encoder, images, 4, 2, CPU, torch.float32, 0))
+    batches = list(common.batches(images, [View(32, (0.08, 1.0))], 4, 0, 6, 0, CPU, 0, {}))
+    assert len(found) == 6
+    for (x, y), data in zip(found, batches):
+        assert torch.equal(y, data.labels) and error(x, encoder(common.augment(data.views[0]))[:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["random", "near", "one cluster", "perfect", "more clusters"])
+def test_cluster_scores_are_scikit_learns(kind):
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4, 200)
+    assigned = {
+        "random": rng.integers(0, 4, 200),
+        "near": np.where(rng.random(200) < 0.7, (truth + 1) % 4, rng.integers(0, 4, 200)),
+        "one cluster": np.zeros(200, int),
+        "perfect": (truth * 3 + 2) % 4,
+        "more clusters": rng.integers(0, 6, 200),
+    }[kind]
+    found = protocols.cluster_scores(torch.from_numpy(truth), torch.from_numpy(assigned))
+    expected = dict(
+        nmi=metrics.normalized_mutual_info_score(truth, assigned),
+        ami=metrics.adjusted_mutual_info_score(truth, assigned),
+        ari=metrics.adjusted_rand_score(truth, assigned),
+        cluster_acc=max((np.array(p)[assigned] == truth).mean() for p in itertools.permutations(range(6))),
+    )
+    assert found == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=1e-6)
+
+
+def labelled_points():
+    y = torch.arange(90) % 4
+    y[0] = 5  # a class of one sample, and a number that no sample has
+    return normal(90, 6) + F.one_hot(y, 6), y
+
+
+def test_silhouette_and_davies_bouldin_are_scikit_learns():
+    from sklearn import metrics
+
+    x, y = labelled_points()
+    assert protocols.silhouette(x, y, chunk=32) == pytest.approx(100 * metrics.silhouette_score(x, y), abs=1e-6)
+    assert protocols.davies_bouldin(x, y) == pytest.approx(metrics.davies_bouldin_score(x, y), abs=1e-6)
+
+
+def test_kmeans_is_as_good_as_scikit_learns():
+    from sklearn.cluster import KMeans
+
+    y = torch.arange(400) % 8
+    x = (normal(400, 5) + 3 * normal(8, 5, seed=1)[y]).float()
+    assigned, losses = protocols.kmeans(x, 8, runs=30)
+    reference = KMeans(8, n_init=10, random_state=0).fit(x.numpy())
+    assert losses.min() <= 1.005 * reference.inertia_
+    best = assigned[losses.argmin()]
+    centres = torch.stack([x[best == c].mean(0) for c in range(8)])
+    assert losses.min().item() == pytest.approx((x - centres[best]).square().sum().item(), rel=1e-3)
+    assert torch.equal(best, torch.cdist(x, centres).argmin(1)) or losses.min() <= reference.inertia_
+
+
+def test_kmeans_runs_in_groups_and_repeats(monkeypatch):
+    x = normal(60, 3).float()
+    assigned, losses = protocols.kmeans(x, 4, runs=5)
+    assert assigned.shape == (5, 60) and losses.shape == (5,)
+    assert torch.equal(protocols.kmeans(x, 4, runs=5)[0], assigned)
+
+
+@pytest.mark.parametrize("normalization", ["standardize", "l2"])
+def test_clusters_are_scored_on_normalised_features(normalization):
+    from sklearn import metrics, preprocessing
+
+    x, y = labelled_points()
+    x, y = x[1:] * torch.tensor([1, 10, 1, 1, 3, 1]) + 2, y[1:]
+    found = protocols.cluster(x, y, runs=20, normalization=normalization)
+    z = preprocessing.StandardScaler().fit_transform(x) if normalization == "standardize" else preprocessing.normalize(x)
+    assert found["silhouette"] == pytest.approx(100 * metrics.silhouette_score(z, y), abs=1e-5)
+    assert found["davies_bouldin"] == pytest.approx(metrics.davies_bouldin_score(z, y), abs=1e-5)
+    assigned, losses = protocols.kmeans(torch.from_numpy(z), 4, runs=20)
+    assert found["nmi"] == pytest.approx(protocols.cluster_scores(y, assigned[losses.argmin()])["nmi"])
+    every = [metrics.normalized_mutual_info_score(y, a) for a in assigned]
+    assert found["average"]["nmi"] == pytest.approx(100 * np.mean(every))
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+FLAT = [*TINY, "--data", "flat"]
+BAD = [
+    ([*TINY, "--data", "no/such"], "--data no/such: no such folder"),
+    ([*TINY, "--data", "empty"], "--data empty: no images"),
+    ([*FLAT, "--oracle"], "--data flat: labels are needed"),
+    ([*FLAT, "--image_size", "20"], "image size 20 is not divisible by the patch size 8"),
+    ([*FLAT, "--mae_batch", "64"], "batch 64 is larger than the training set (16 images"),
+    ([*FLAT, "--batch", "17", "--stages", "head"], "batch 17 is larger than the training set (16 images"),
+    ([*FLAT, "--batch", "16", "--queue", "8"], "--batch 16 is larger than the queue of 8"),
+    ([*FLAT, "--micro_batch", "3"], "--micro_batch 3 does not divide"),
+    ([*FLAT, "--k", "33"], "--k 33"),
+    ([*FLAT, "--frozen", "7"], "--frozen 7: vit_nano8 has 6 blocks"),
+    ([*FLAT, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ([*FLAT, "--epochs", "many"], "--epochs: invalid float value: 'many'"),
+    ([*FLAT, "--model", "vit_xl16"], "unknown model 'vit_xl16'"),
+    ([*FLAT, "--stages", "mae,tune"], "--stages mae,tune: choose from"),
+    ([*FLAT, "--stages", ""], "--stages"),
+    ([*FLAT, "--pool", "max"], "--pool max: choose"),
+    ([*FLAT, "--precision", "fp16"], "--precision fp16: choose"),
+    ([*FLAT, "--out", "a_run"], "--out a_run"),
+    ([*FLAT, "--out", "a_file"], "a_file"),
+    (["--resume"], "--resume needs --out"),
+    (["--resume", "--out", "empty"], "--resume needs --out"),
+    ([*FLAT, "--init", "no_such.pt"], "no_such.pt: no such file"),
+    ([*FLAT, "--init", "a_file"], "a_file is not a readable torch file"),
+    ([*FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
+    ([*FLAT, "--head", "no_such.pt"], "no_such.pt: no such file"),
+    ([*FLAT, "--head", "wide.pt"], "wide.pt does not fit this model"),
+    ([*FLAT, "--decoder_heads", "3"], "width 16 is not divisible by 3 heads"),
+    ([*FLAT, "--mae_batch", "0"], "batch 0"),
+    ([*FLAT, "--micro_batch", "-2"], "micro_batch -2"),
+    ([*FLAT, "--k", "0"], "--k 0"),
+    ([*FLAT, "--mask_ratio", "1.5"], "--mask_ratio 1.5"),
+    ([*FLAT, "--mask_ratio", "0"], "--mask_ratio 0"),
+    ([*FLAT, "--temperature", "0"], "--temperature 0"),
+]
+BAD_EVAL = [
+    (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
+    (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
+    (["knn", "--encoder", "wide.pt", "--data", "flat"], "--data flat: labels are needed, but there is no train/"),
+    (["knn", "--encoder", "wide.pt", "--data", "loose"], "lies in no class folder"),
+    (["knn", "--encoder", "wide.pt", "--data", "no_val"], "no val/ or test/"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--k", "99", "--workers", "0"], "99 is larger than the training set of 16"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--image_size", "30"], "30 is not divisible by the patch size 8"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--precision", "fp16"], "--precision fp16"),
+    (["knn", "--data", "labelled"], "--encoder"),
+    (["sing", "--encoder", "wide.pt"], "'sing'"),
+]
+
+
+@pytest.fixture
+def bad_files(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    if not Path("a_run").exists():
+        Path("a_run").mkdir()
+        Path("a_run/config.json").write_text("{}")
+        Path("a_file").write_text("hello")
+        common.save_encoder("wide.pt", nano(depth=6, dim=192, heads=6))
+        write_pictures(Path("loose/train"), [(24, 24)])
+        write_pictures(Path("no_val/train/a"), [(24, 24)])
+    return folders
+
+
+@pytest.mark.parametrize("program, argv, fault", [(mae_ct, *c) for c in BAD] + [(protocols, *c) for c in BAD_EVAL])
+def test_bad_input_is_named_before_anything_is_written(bad_files, program, argv, fault):
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(InputError, match=re.escape(fault)), contextlib.redirect_stdout(io.StringIO()):
+        program.main(argv)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(folders, tmp_path):
+    out = tmp_path / "run"
+    break_at(4, *TINY, "--data", folders / "flat", "--stages", "mae", "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | dict(decoder_dim=32)))
+    with pytest.raises(InputError, match=r"last.pt \(decoder\) does not fit.*\(16, .*expected \(32, "):
+        main("--out", out, "--resume")
+
+
+def test_a_batch_must_fit_the_processes(monkeypatch):
+    monkeypatch.setattr(common, "world", lambda: 3)
+    with pytest.raises(InputError, match="batch 8 is not divisible by 3 processes"):
+        common.check_batch(common.RunSettings(), tiny_images(), 8)
+
+
+def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, HERE / "mae_ct.py", *TINY, "--data", "no/such"]
+    done = subprocess.run(command, env=quiet_environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("mae_ct.py: --data no/such")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ benchmarks
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(name, ours, other, pairs):
+    """Prints the median ratio of times over alternating pairs."""
+    ours(), other()
+    ratios = [seconds(other) / seconds(ours) for _ in range(pairs)]
+    print(f"{name}: {statistics.median(ratios):.2f} times as fast (median of {pairs} pairs, {min(ratios):.2f}-{max(ratios):.2f})")
+
+
+def bench_attention():
+    """A training step of a small ViT on this CPU with common.attend and with torch's fused kernel."""
+    encoder, x = common.build_vit("vit_nano8", 48), torch.randn(128, 3, 48, 48)
+
+    def step(attention, precision):
+        with mock.patch.object(common, "attend", attention):
+            backward(lambda x: ((encoder.pooled(encoder(x)),), None), lambda y: (y.square().mean(), None), (x,), 0, precision)
+
+    for precision in (torch.float32, torch.bfloat16):
+        steps = [partial(step, f, precision) for f in (common.attend, F.scaled_dot_product_attention)]
+        compare(f"attention in {precision}, against F.scaled_dot_product_attention", *steps, pairs=7)
+
+
+def bench_knn():
+    """20000 x 256 training and 2000 test features, k = 10."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, y = torch.randn(22000, 256), torch.randint(100, (22000,))
+    weights = lambda distances: np.exp((1 - distances) / 0.07)
+    model = KNeighborsClassifier(10, weights=weights, algorithm="brute", metric="cosine", n_jobs=-1)
+    model.fit(x[:20000].numpy(), y[:20000].numpy())
+    ours = lambda: protocols.knn(x[:20000], y[:20000], x[20000:], y[20000:])
+    compare("k-NN, against scikit-learn", ours, lambda: model.score(x[20000:].numpy(), y[20000:].numpy()), pairs=5)
+
+
+if __name__ == "__main__":
+    action, name = sys.argv[1:]
+    {"worker": worker, "bench": lambda name: globals()[f"bench_{name}"]()}[action](name)
