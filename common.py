@@ -854,7 +854,7 @@ SHAPES = {
 
 
 def shapes(split, size=48):
-    """The built-in images: one object of ten classes on a patchwork of six flat, shaded colours.
+    """The built-in images: one object of ten classes on a patchwork of five flat, shaded colours.
 
     The class is the object's outline and pattern; classes i and i + 5 share their hue. Place, size, rotation, shade and
     background are drawn anew for every image and say nothing of the class. An image depends on (split, index) alone; all
@@ -865,7 +865,7 @@ def shapes(split, size=48):
     Returns:
         Images of [N, 3, size, size] with labels and the object's masks [N, size, size].
     """
-    count, cells = {"train": 600, "val": 200}[split], 6
+    count, cells = {"train": 600, "val": 200}[split], 5
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     pixels, masks = [], []
     for c, (outline, pattern) in enumerate(SHAPES.values()):

@@ -109,9 +109,9 @@ TABLE_10 = {
 SHAPES = dict(
     model="vit_nano8", image_size=48, pool="mean", decoder_dim=64, decoder_depth=2, decoder_heads=4,
     mae_epochs=20, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=2,
-    batch=256, queue=4096, projector_hidden=512, predictor_hidden=512, head_dim=128,
+    batch=256, queue=4096, projector_hidden=512, predictor_hidden=512, head_dim=128, scale_min=0.15,
     head_epochs=8, head_lr=2e-3,
-    epochs=12, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97,
+    epochs=14, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97, temperature=0.15,
 )  # fmt: skip
 
 # MAE-CT_aug (4.2: the augmentations of BYOL), views 1 and 2
