@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -32,6 +33,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
 
 
 class InputError(ValueError):
@@ -80,7 +83,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be others' gradient too
         dist.all_reduce(grad)  # reduce-scatter would do, but gloo has none
         return grad.chunk(world())[rank()]
 
@@ -626,9 +629,10 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
             pairs.append((sample_loss, torch.full_like(sample_loss, 1 / n)))
             loss = loss + sample_loss.detach().sum() / n
         pairs = [(o, g) for o, g in pairs if o.requires_grad]
-        if not pairs:  # a frozen encoder: only the heads learn
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+        elif sample_loss is None:  # a frozen encoder: only the heads learn
             break
-        torch.autograd.backward(*zip(*pairs))
     return loss, aux
 
 
@@ -663,7 +667,7 @@ def adamw(groups, betas=(0.9, 0.95)):
 def warmup_cosine(step, steps, warmup, end=0.0):
     """Factor of the peak lr at a step (0 … steps − 1): linear over `warmup` steps, then half a cosine down to `end`."""
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
@@ -989,9 +993,8 @@ class CenterCrop:
 
     def __call__(self, image, epoch, index):
         if image.size != (self.size, self.size):
-            f = torchvision.transforms.v2.functional
-            bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-            image = f.center_crop(f.resize(image, [round(self.size * 256 / 224)], bicubic), [self.size, self.size])
+            image = v2.resize(image, [round(self.size * 256 / 224)], InterpolationMode.BICUBIC)
+            image = v2.center_crop(image, [self.size, self.size])
         return [_to_uint8(image)]
 
 
@@ -1011,17 +1014,20 @@ class _Decoded(torch.utils.data.Dataset):
             except UNREADABLE as e:
                 bad.append((self.images.name(index), str(e)))
                 index = (index + 1) % len(self.images)
-        raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
+        return None, index, bad
 
 
 def _collate(items):
     views, index, bad = zip(*items)
-    return [torch.stack(v) for v in zip(*views)], torch.tensor(index), [b for names in bad for b in names]
+    bad = [b for names in bad for b in names]
+    if None in views:  # a worker's exception would arrive with its traceback as the message
+        return None, None, bad
+    return [torch.stack(v) for v in zip(*views)], torch.tensor(index), bad
 
 
 def _worker(_):
-    for s in (signal.SIGINT, signal.SIGTERM):  # a launcher signals the whole group; the parent decides when to stop
-        signal.signal(s, signal.SIG_IGN)
+    os.setsid()  # signals to the process group (torchrun, Ctrl-C) are the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends a worker
     torch.set_num_threads(1)
 
 
@@ -1039,6 +1045,8 @@ def decode(images, keys, cut, device, workers, skipped):
         pin_memory=device.type == "cuda",
     )
     for views, index, bad in loader:
+        if views is None:
+            raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
         for name, why in bad:
             if name not in skipped:
                 print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
@@ -1276,6 +1284,10 @@ def precision_of(name, device):
 
 def check_batch(settings, images, batch):
     """Raises InputError if the global batch does not fit the set, the processes or the micro-batches."""
+    if batch < 1:
+        raise InputError(f"batch {batch}: choose at least 1")
+    if settings.micro_batch < 0:
+        raise InputError(f"--micro_batch {settings.micro_batch}: choose 0 for all, or more")
     if batch > len(images):
         raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
     if batch % world():
@@ -1332,7 +1344,10 @@ class Run:
             folder = Path(self.settings.out)
             if (folder / "config.json").exists() and not self.settings.resume:
                 raise InputError(f"--out {folder} holds a run: add --resume to go on with it, or choose another folder")
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise InputError(f"--out {folder}: cannot make this folder ({e.strerror})") from e
             return folder
         for number in range(1, 100000):
             with contextlib.suppress(FileExistsError):
@@ -1507,8 +1522,11 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        if "weights_only" not in str(e).lower() and "unsupported" not in str(e).lower():
-            raise InputError(f"{path} is not a readable torch file ({str(e).splitlines()[0]})") from e
+        with open(path, "rb") as f:
+            pickled = f.read(2) in (b"PK", b"\x80\x02")
+        if not pickled or not isinstance(e, pickle.UnpicklingError):
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise InputError(f"{path} is not a readable torch file ({why})") from e
         raise InputError(
             f"{path} holds more than tensors and plain values; loading it could run code. If you trust it, strip it once:\n"
             f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"

@@ -22,6 +22,7 @@ Easy to get wrong:
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -313,6 +314,9 @@ def prepare(argv):
         raise InputError(f"--stages {s.stages}: choose from mae (or combined), head, ct, in this order")
     if not {"mae", "combined"} & set(stages) and not s.init:
         raise InputError(f"--stages {s.stages} starts from a trained encoder: give it with --init FILE")
+    for name in ("temperature", "head_temperature"):
+        if not 0 < getattr(s, name) < math.inf:
+            raise InputError(f"--{name} {getattr(s, name):g}: choose a number above 0")
     if s.pool not in ("cls", "mean"):
         raise InputError(f"--pool {s.pool}: choose cls or mean")
     if not 0 < s.mask_ratio < 1 or not 0 <= s.ct_mask_ratio < 1:
