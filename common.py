@@ -20,8 +20,10 @@ import math
 import os
 import pickle
 import re
+import resource
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
@@ -308,6 +312,7 @@ class ViT(nn.Module):
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
         self.grid = (image_size // patch_size,) * 2
         self.frozen = 0
+        self.checkpoint_blocks = False  # recompute each block's activations in the backward pass instead of keeping them
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
@@ -359,7 +364,8 @@ class ViT(nn.Module):
             x = self.embed(x, ids_keep)
         for i, block in enumerate(self.stack(), 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
-                x = block(x, None if drop is None else drop[:, i - 1])
+                inputs = (x, None if drop is None else drop[:, i - 1])
+                x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks else block(*inputs)
             if blocks and i in blocks:
                 outputs[i] = x
         return self.norm(x) if blocks is None else [outputs[b] for b in blocks]
@@ -449,12 +455,17 @@ class MAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(dim, out or patch_size**2 * 3)
         init_weights(self)
 
-    def forward(self, tokens, ids_restore):
-        """tokens [N, 1 + K, encoder_dim], ids_restore [N, L] → [N, L, out]; [CLS] passes through and is dropped."""
+    def forward(self, tokens, ids_restore, level=None):
+        """tokens [N, 1 + K, encoder_dim], ids_restore [N, L] → [N, L, out]; [CLS] passes through and is dropped.
+
+        level [N, encoder_dim], if given, is added to every token at the encoder's width, mask tokens included (CAN 3.4).
+        """
         x = self.decoder_embed(tokens)
         removed = ids_restore.shape[1] + 1 - x.shape[1]
         filled = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(len(x), removed, -1)], 1)  # [N, L, dim]
         x = torch.cat([x[:, :1], take(filled, ids_restore)], 1) + self.decoder_pos_embed
+        if level is not None:  # decoder_embed is linear: what is added before it arrives as its product with the weight
+            x = x + F.linear(level, self.decoder_embed.weight)[:, None]
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -482,15 +493,15 @@ def mae_loss(pred, images, mask, norm_pix=True):
 # ------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
 
 
-def mlp_head(*dims, last_norm):
-    """Linear-BatchNorm-ReLU, …, Linear(-BatchNorm): a projector (`last_norm=True`) or predictor of MAE-CT's A.2.
+def mlp_head(*dims, last_norm, eps=1e-5):
+    """Linear-BatchNorm-ReLU, …, Linear(-BatchNorm): the projectors and predictors of MAE-CT (A.2), CAN and CMAE.
 
-    dims are widths from input to output. No linear has a bias: those before a BatchNorm need none, and the predictor's
-    last has none in the authors' code. Weights keep PyTorch's default initialisation.
+    dims are widths from input to output; eps is the BatchNorms'. No linear has a bias: those before a BatchNorm need
+    none, and the last has none in the authors' code. Weights keep PyTorch's default initialisation.
     """
     layers = []
     for i, o in zip(dims, dims[1:]):
-        layers += [nn.Linear(i, o, bias=False), BatchNorm(o), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(i, o, bias=False), BatchNorm(o, eps=eps), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[: -1 if last_norm else -2])
 
 
@@ -511,6 +522,20 @@ def info_nce(rows, columns, temperature):
         return F.cross_entropy(logits, target)
 
 
+def nt_xent(z1, z2, temperature):
+    """InfoNCE among both views of all samples (SimCLR; CAN 3.2, ViC-MAE Eq. 7), averaged over this rank's 2N rows.
+
+    z1, z2 [N, d] of unit length. The positive of a row is the sample's other view; negatives are both views of the other
+    samples of all ranks, 2 · world · N − 2 in all, gathered with gradient. Logits are at least float32.
+    """
+    with torch.autocast(z1.device.type, enabled=False):
+        z = torch.stack([promote(z1), promote(z2)], 1).flatten(0, 1)  # [2N, d], a sample's views side by side
+        logits = z @ gather(z).T / temperature  # [2N, world · 2N]
+        own = torch.arange(len(z), device=z.device) + rank() * len(z)
+        logits = logits.scatter(1, own[:, None], -math.inf)
+        return F.cross_entropy(logits, own ^ 1)  # rows 2i and 2i + 1 are each other's positive
+
+
 class Queue(nn.Module):
     """First in, first out memory of embeddings for nearest-neighbour lookup (NNCLR; MAE-CT Eq. 1); alike on every rank.
 
@@ -518,39 +543,41 @@ class Queue(nn.Module):
     the NN-accuracy metric and the oracle variant alone.
 
     Args:
-        size: entries (65 536 in MAE-CT); dim: their width.
+        size: entries (65 536 in MAE-CT and MIM-Refiner); shape: (d,), their width, or (H, d) for the queues of H heads,
+            which hold the same samples in the same places. Below, [(H,) …] has the heads' dimension where `shape` has.
     """
 
-    def __init__(self, size, dim):
+    def __init__(self, size, *shape):
         super().__init__()
-        self.register_buffer("embeddings", F.normalize(torch.randn(size, dim), dim=1))
+        *heads, dim = shape
+        self.register_buffer("embeddings", F.normalize(torch.randn(*heads, size, dim), dim=-1))
         self.register_buffer("indices", torch.full((size,), -1))
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def lookup(self, z, index, k, dice, labels=None):
-        """One of the k nearest entries of each row, Eq. 1: [N] positions in the queue.
+        """One of the k nearest entries of each row, Eq. 1: [(H,) N] positions in the queue.
 
-        z [N, d] of unit length; index [N] the samples' dataset indices: an entry of the same sample (its embedding of
-        an earlier epoch) gets similarity −1; dice [N] in [0, 1) picks among the k. With labels [N], entries of other
-        classes come last (the oracle of MAE-CT's B.2).
+        z [(H,) N, d] of unit length; index [N] the samples' dataset indices: an entry of the same sample (its embedding
+        of an earlier epoch) gets similarity −1; dice [(H,) N] in [0, 1) picks among the k. With labels [N], entries of
+        other classes come last (the oracle of MAE-CT's B.2).
         """
         with torch.autocast(z.device.type, enabled=False):
-            similarity = promote(z) @ self.embeddings.to(promote(z)).T  # [N, size]
+            similarity = promote(z) @ self.embeddings.to(promote(z)).mT  # [(H,) N, size]
         similarity.masked_fill_(index[:, None] == self.indices, -1)
         if labels is not None:
             similarity -= 4 * (labels[:, None] != self.labels)
-        candidates = similarity.topk(k, dim=1).indices
-        return candidates.gather(1, (dice * k).long()[:, None])[:, 0]
+        candidates = similarity.topk(k, dim=-1).indices
+        return candidates.gather(-1, (dice * k).long()[..., None])[..., 0]
 
     @torch.no_grad()
     def push(self, z, index, labels):
-        """Writes the rows of all ranks, in rank order, over the oldest entries: z [N, d], index [N], labels [N]."""
+        """Writes the rows of all ranks, in rank order, over the oldest entries: z [(H,) N, d], index [N], labels [N]."""
         size = len(self.indices)
-        z, index, labels = (gather(t.detach().contiguous())[-size:] for t in (z, index, labels))
+        z, index, labels = (gather(t.detach().contiguous())[-size:] for t in (z.movedim(-2, 0), index, labels))
         slots = (self.cursor + torch.arange(len(z), device=z.device)) % size
-        self.embeddings[slots] = z.to(self.embeddings)
+        self.embeddings[..., slots, :] = z.movedim(0, -2).to(self.embeddings)
         self.indices[slots] = index
         self.labels[slots] = labels
         self.cursor.copy_((self.cursor + len(z)) % size)
@@ -716,7 +743,8 @@ def load_images(data, split, labels=True):
 
     Args:
         data: "shapes"; a folder with train/ and val/ (or test/) of class folders, or any tree of images if `labels` is
-            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision.
+            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
+            noise that stands for ImageNet's 1 281 167 images under --cost.
         split: "train" or "val".
         labels: whether class labels are needed.
     Raises:
@@ -724,6 +752,8 @@ def load_images(data, split, labels=True):
     """
     if data == "shapes":
         return shapes(split)
+    if data == "random":
+        return Images(torch.full((1281167,), -1), [], dataset=_Noise())
     if Path(data).is_dir():
         return _fit_in_memory(_load_folder(Path(data), split, labels))
     known = {name.lower(): name for name in torchvision.datasets.__all__}
@@ -732,14 +762,20 @@ def load_images(data, split, labels=True):
     return _load_torchvision(known[data.lower()], split)
 
 
-def load_splits(data, labels=False):
-    """(training images, validation images), the latter None where there are no labels or no val/ or test/ to evaluate on.
+class _Noise:
+    def __getitem__(self, i):
+        return Image.effect_noise((256, 256), 64), -1
+
+
+def load_splits(data, labels=False, val=True):
+    """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
+    or test/ to evaluate on.
 
     Raises:
         InputError: as load_images; or the two have different classes.
     """
     train = load_images(data, "train", labels)
-    if not train.classes or Path(data).is_dir() and not any((Path(data) / n).is_dir() for n in ("val", "test")):
+    if not val or not train.classes or Path(data).is_dir() and not any((Path(data) / n).is_dir() for n in ("val", "test")):
         return train, None
     val = load_images(data, "val")
     if val.classes != train.classes:
@@ -1233,6 +1269,8 @@ class RunSettings:
     workers: int = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
     save_every: int = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in about a minute
+    checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
+    cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -1257,6 +1295,8 @@ def parse_settings(cls, presets, argv, description):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
         parser.add_argument(f"--{field.name}", help=f"default {field.default!r}", **kind)
     given = vars(parser.parse_args(argv))
+    if given.get("cost"):
+        given.setdefault("data", "random")
     if not given.get("resume"):
         return cls(**{**presets(given), **given})
     config = Path(given.get("out", "")) / "config.json"
@@ -1335,11 +1375,15 @@ class Run:
             write_atomic(self.folder / "config.json", json.dumps(config, indent=1).encode())
         if world() > 1:
             dist.barrier()
-            if not (self.folder / "config.json").exists():
+            if not settings.cost and not (self.folder / "config.json").exists():
                 raise InputError(f"rank 0's run folder {self.folder} is not visible here: put it where all nodes see it")
-        print0(f"run folder {self.folder}" + (f", resuming {self.checkpoint['stage']}" if self.checkpoint else ""))
+        if not settings.cost:
+            print0(f"run folder {self.folder}" + (f", resuming {self.checkpoint['stage']}" if self.checkpoint else ""))
 
     def _folder(self):
+        if self.settings.cost:
+            self.scratch = tempfile.TemporaryDirectory()  # gone with the run
+            return Path(self.scratch.name)
         if self.settings.out:
             folder = Path(self.settings.out)
             if (folder / "config.json").exists() and not self.settings.resume:
@@ -1374,6 +1418,9 @@ class Run:
         self.step, self.total, self.batch, self.bad = 0, round(epochs * self.per_epoch), batch, 0
         if stage in self.finished:
             return
+        if self.settings.cost:
+            yield from self._cost(images, views, epochs, state["optimizer"])
+            return
         if self.checkpoint and self.checkpoint["stage"] == stage:
             self.step = self.checkpoint["step"]
             for name, part in state.items():
@@ -1405,6 +1452,49 @@ class Run:
         if self.skipped:
             print0(f"{sum(self.skipped.values())} reads of {len(self.skipped)} unreadable images were skipped")
 
+    def _cost(self, images, views, epochs, optimizer):
+        """Five steps of the loop on random pixels: in the first, multiply-adds are counted; the last three are timed."""
+        n, cuda = self.batch // world(), self.device.type == "cuda"
+        noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
+        rows = torch.arange(n) + rank() * n
+        index = rows.to(self.device)
+        self.log_file, self.shown, self.clock, self.since, self.epoch = io.StringIO(), math.inf, time.time(), 0, 0
+        self.total = max(self.total, 6)  # so that no step is the last
+        for self.step in range(5):
+            if self.step == 2:
+                self._wait()
+                begin = time.perf_counter()
+            views_of_step = [x.to(self.device, copy=True) for x in noise]
+            data = Batch(views_of_step, index, images.labels[rows].to(self.device), rows, 0)
+            with FlopCounterMode(display=False) if self.step == 0 else contextlib.nullcontext() as counter:
+                yield data
+            if self.step == 0:
+                multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
+        self._wait()
+        seconds = (time.perf_counter() - begin) / 3
+        side = 8192 if cuda else 2048
+        a = torch.randn(side, side, device=self.device, dtype=self.precision)
+        for i in range(6):
+            if i == 1:
+                self._wait()
+                begin = time.perf_counter()
+            a @ a
+        self._wait()
+        matmul = 5 * side**3 / (time.perf_counter() - begin)  # multiply-adds/s of a plain matrix product
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.report(self.stage, {
+            "parameters/M": sum(p.numel() for g in optimizer.param_groups for p in g["params"]) / 1e6,
+            "madds/M": multiply_adds / 1e6,
+            "images/s": self.batch / seconds,
+            "peak/GiB": memory / 2**30,
+            "of matmul/%": 100 * multiply_adds * n / seconds / matmul,
+            "device-hours": epochs * len(images) * seconds / self.batch * world() / 3600,
+        })  # fmt: skip
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def close(self):
         """Prints the table of results.json, one row a stage."""
         if self.results:
@@ -1412,7 +1502,8 @@ class Run:
             print0("".join(f"{c:>13}" for c in [""] + columns))
             for name, row in self.results.items():
                 print0(f"{name:>13}" + "".join(f"{row[c]:13.1f}" for c in columns))
-        print0(f"everything is in {self.folder}")
+        if not self.settings.cost:
+            print0(f"everything is in {self.folder}")
 
     def _on_signal(self, number, frame):
         self.signalled = True
@@ -1739,4 +1830,34 @@ def draw(path, rows, side=64):
             if frames and frames[i]:
                 box = (left - 2, top + text - 2, left + side + 1, top + text + side + 1)
                 pen.rectangle(box, outline=frames[i], width=2)
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+
+
+def draw_curves(path, curves, x_label, y_label, width=480, height=320):
+    """A picture of curves, {name: (x values, y values)}, over common axes that span the data; names stand in a legend."""
+    left, right, top, bottom = 48, width - 16, 16, height - 40
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    x, y = ([v for curve in curves.values() for v in curve[axis]] for axis in (0, 1))
+    place = lambda v, values, start, end: start + (v - min(values)) / ((max(values) - min(values)) or 1) * (end - start)
+    for i in range(5):
+        for values, label_at in ((x, "x"), (y, "y")):
+            value = min(values) + i / 4 * (max(values) - min(values))
+            if label_at == "x":
+                at = place(value, values, left, right)
+                pen.line([(at, top), (at, bottom)], fill="gainsboro")
+                pen.text((at, bottom + 6), f"{value:.3g}", fill="black", anchor="ma")
+            else:
+                at = place(value, values, bottom, top)
+                pen.line([(left, at), (right, at)], fill="gainsboro")
+                pen.text((left - 6, at), f"{value:.3g}", fill="black", anchor="rm")
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        colour = ("steelblue", "darkorange", "seagreen", "firebrick", "slateblue", "gray")[i % 6]
+        points = [(place(a, x, left, right), place(b, y, bottom, top)) for a, b in zip(xs, ys)]
+        pen.line(points, fill=colour, width=2)
+        for a, b in points:
+            pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
+        pen.text((left + 8, top + 2 + 13 * i), name, fill=colour)
+    pen.text(((left + right) / 2, height - 4), x_label, fill="black", anchor="ms")
+    pen.text((4, 2), y_label, fill="black")
     write_atomic(path, lambda f: canvas.save(f, "PNG"))

@@ -336,6 +336,20 @@ def cluster(x, y, runs=100, normalization="standardize", seed=0):
 # ---------------------------------------------------------------------------------------------------------- main
 
 
+def evaluate(encoder, train, val, run):
+    """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
+    feature. `run` gives device, precision and workers."""
+    x, y = features(encoder, train, run.device, run.precision, run.workers)
+    test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
+    batch = min(1024, len(x))
+    per_epoch = len(x) // batch
+    stream = cached_batches(x, y, batch, 50)
+    probed, _ = probe(stream, 50 * per_epoch, 5 * per_epoch, len(train.classes), test_x, test_y, batch)
+    clusters = cluster(test_x, test_y)
+    values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=probed["probe"], cluster_acc=clusters["cluster_acc"])
+    return values | dict(nmi=clusters["nmi"], silhouette=clusters["silhouette"])
+
+
 def table(result):
     """Prints a protocol's numbers, one a line; nested dicts in one line."""
     for name, value in result.items():

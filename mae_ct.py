@@ -35,7 +35,7 @@ from common import (
     load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank, random_masking,
     reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
 )  # fmt: skip
-from eval import cached_batches, center_views, cluster, features, knn, probe
+from eval import center_views, evaluate, features
 
 
 @dataclass
@@ -263,19 +263,6 @@ def combined_pretraining(run, f, decoder, head, images):
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def evaluate(run, name, encoder, train, val):
-    """k-NN, linear probe and clusters of the pooled feature (A.3, B.3), into results.json under `name`."""
-    x, y = features(encoder, train, run.device, run.precision, run.workers)
-    test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
-    batch = min(1024, len(x))
-    per_epoch = len(x) // batch
-    stream = cached_batches(x, y, batch, 50)
-    probed, _ = probe(stream, 50 * per_epoch, 5 * per_epoch, len(train.classes), test_x, test_y, batch)
-    clusters = cluster(test_x, test_y)
-    values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=probed["probe"], cluster_acc=clusters["cluster_acc"])
-    run.report(name, values | dict(nmi=clusters["nmi"], silhouette=clusters["silhouette"]))
-
-
 @torch.no_grad()
 def picture_reconstruction(path, encoder, decoder, images, s, device):
     """Eight images, what the encoder sees of them, and the decoder's reconstruction."""
@@ -324,6 +311,7 @@ def prepare(argv):
     device = start()
     torch.manual_seed(s.seed)
     encoder = build_vit(s.model, s.image_size, s.pool)
+    encoder.checkpoint_blocks = s.checkpoint_blocks
     if s.init:
         init_encoder(encoder, s.init)
     decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
@@ -334,7 +322,7 @@ def prepare(argv):
         raise InputError(f"--k {s.k}: expected at least 1 and no more than the queue of {s.queue}")
     if "ct" in stages and not 0 <= s.frozen < encoder.depth:
         raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")
-    train, val = load_splits(s.data, labels=s.oracle)
+    train, val = load_splits(s.data, labels=s.oracle, val=not s.cost)
     for name, batch in dict(mae=s.mae_batch, combined=s.mae_batch, head=s.batch, ct=s.batch).items():
         if name in stages:
             check_batch(s, train, batch)
@@ -360,7 +348,7 @@ def main(argv):
             picture_reconstruction(run.folder / "reconstruction.png", encoder, decoder, val or train, s, device)
     before = "combined" if "combined" in stages else "mae"
     if val and before not in run.results:
-        evaluate(run, before, encoder, train, val)
+        run.report(before, evaluate(encoder, train, val, run))
 
     if "head" in stages:
         if "combined" in stages:  # a new head; --stages combined,ct is the paper's CT_skip
@@ -374,7 +362,7 @@ def main(argv):
         encoder = contrastive(run, "ct", encoder, head, train, epochs=s.epochs, lr=s.lr, head_lr=s.ct_head_lr,
                               frozen=s.frozen, temperature=s.temperature, k=s.k, projector_ema=s.projector_ema)  # fmt: skip
         if val and "mae_ct" not in run.results:
-            evaluate(run, "mae_ct", encoder, train, val)
+            run.report("mae_ct", evaluate(encoder, train, val, run))
     if rank() == 0:
         save_encoder(run.folder / "encoder.pt", encoder)
     if val and "ct" in stages:
