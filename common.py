@@ -669,10 +669,11 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
 def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     """AdamW groups of the trainable parameters: {"params", "peak_lr", "weight_decay"}.
 
-    No weight decay on vectors (biases, norms) and tokens. For a ViT, block i = 0 … depth − 1 learns with
+    No weight decay on biases, norms and tokens. For a ViT, block i = 0 … depth − 1 learns with
     lr · layer_decay^(depth − i), the stem with layer_decay^(depth + 1), the final norm with lr.
     """
     groups = {}
+    norms = {p for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}  # [H, D] for H heads
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
@@ -680,7 +681,7 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
         if layer_decay != 1:
             block = re.match(r"(?:post_)?blocks\.(\d+)\.", name)
             power = module.depth - int(block[1]) if block else 0 if name.startswith("norm.") else module.depth + 1
-        decay = 0.0 if p.ndim < 2 or name.endswith("_token") else weight_decay
+        decay = 0.0 if p.ndim < 2 or p in norms or name.endswith(("bias", "_token")) else weight_decay
         group = dict(params=[], peak_lr=lr * layer_decay**power, weight_decay=decay)
         groups.setdefault((power, decay), group)["params"].append(p)
     return list(groups.values())
@@ -1158,6 +1159,12 @@ class Colour:
     p_solarize: float = 0.0
 
 
+BYOL = [  # the two views' augmentations, of MAE-CT_aug and of MIM-Refiner's global views
+    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=1.0),
+    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2),
+]
+
+
 @functools.cache
 def channels(values, device, dtype):
     """Three constants as [3, 1, 1], copied to the device once: every such copy waits for the device."""
@@ -1498,7 +1505,7 @@ class Run:
     def close(self):
         """Prints the table of results.json, one row a stage."""
         if self.results:
-            columns = list(next(iter(self.results.values())))
+            columns = [c for c, v in next(iter(self.results.values())).items() if not isinstance(v, list)]
             print0("".join(f"{c:>13}" for c in [""] + columns))
             for name, row in self.results.items():
                 print0(f"{name:>13}" + "".join(f"{row[c]:13.1f}" for c in columns))
@@ -1514,8 +1521,8 @@ class Run:
         A loss or gradient that is not finite skips the step on all ranks; ten in a row end the run.
 
         Args:
-            loss: this rank's detached loss; log: dict of further scalars (tensors) to average over ranks and log;
-            lr_factor: of every group's peak lr.
+            loss: this rank's detached loss; log: dict of further tensors to average over ranks and log, scalars or
+            vectors (a value for each head, say; those stay out of the progress line); lr_factor: of every group's peak lr.
         """
         lr = set_lr(optimizer, lr_factor)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1524,11 +1531,13 @@ class Run:
         if self.settings.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
         log = log or {}
-        values = [loss, norm, *log.values(), torch.tensor(float(self.signalled))]
-        values = torch.stack([v.detach().float().to(self.device) for v in values])
+        values = [loss, norm, torch.tensor(float(self.signalled)), *log.values()]
+        values = torch.cat([v.detach().float().reshape(-1).to(self.device) for v in values])
         if world() > 1:
             dist.all_reduce(values)
-        loss, norm, *rest, stop = (values / world()).tolist()  # the one wait for the device in a step
+        loss, norm, stop, *rest = (values / world()).tolist()  # the one wait for the device in a step
+        rest = iter(rest)
+        log = {name: [next(rest) for _ in v] if v.ndim else next(rest) for name, v in log.items()}
         self.stop = stop > 0  # some rank was told to: all agree
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -1540,21 +1549,22 @@ class Run:
             if self.bad == 10:
                 raise InputError(f"10 steps in a row were not finite; the last good checkpoint is {self.folder / 'last.pt'}")
         optimizer.zero_grad(set_to_none=True)
-        self._log(dict(loss=loss, lr=lr, grad_norm=norm, **dict(zip(log, rest))))
+        self._log(dict(loss=loss, lr=lr, grad_norm=norm, **log))
         return finite
 
     def _log(self, values):
         now = time.time()
         rate = (self.step + 1 - self.since) * self.batch / max(now - self.clock, 1e-9)
         line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1))
-        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        known = lambda v: [known(x) for x in v] if isinstance(v, list) else v if math.isfinite(v) else None
+        line |= {k: known(v) for k, v in values.items()}  # JSON has no NaN
         if rank() == 0:
             self.log_file.write(json.dumps(line) + "\n")
         tty = sys.stdout.isatty()
         if now - self.shown > (0.5 if tty else 10) or self.step + 1 == self.total:
             self.shown = now
             left = (self.total - self.step - 1) * self.batch / rate
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if not isinstance(v, list))
             text = f"{self.stage}  epoch {self.epoch + 1}  step {self.step + 1}/{self.total}  {shown}"
             text += f"  {rate:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
             print0(text, end="\r" if tty else "\n")

@@ -41,22 +41,26 @@ def center_views(images, size, device, workers, index, batch=256):
 
 
 @torch.no_grad()
-def features(encoder, images, device, precision=torch.float32, workers=0):
+def features(encoder, images, device, precision=torch.float32, workers=0, blocks=None, index=None):
     """Pooled features of a whole set, without augmentation: ([N, D], labels [N]), both on the device.
 
-    Under torchrun each rank encodes its part and all get the whole.
+    With `blocks` (numbers from 1) those after each of these blocks, before the final norm: [N, blocks, D]. `index` [N]
+    chooses images. Under torchrun each rank encodes its part and all get the whole.
     """
     encoder.eval()
-    share = math.ceil(len(images) / world())
-    index = torch.arange(rank() * share, (rank() + 1) * share) % len(images)
+    index = torch.arange(len(images)) if index is None else index
+    share = math.ceil(len(index) / world())
+    mine = index[torch.arange(rank() * share, (rank() + 1) * share) % len(index)]
     out, used = [], []
-    for x, at in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, index):
+    for x, at in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, mine):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            out.append(promote(encoder.pooled(encoder(augment(x)))))
+            tokens = encoder(augment(x), blocks=blocks)
+            feature = torch.stack([encoder.pooled(t) for t in tokens], 1) if blocks else encoder.pooled(tokens)
+        out.append(promote(feature))
         used.append(at)
     encoder.train()
-    used = gather(torch.cat(used))[: len(images)]
-    return gather(torch.cat(out))[: len(images)], images.labels.to(device)[used]
+    used = gather(torch.cat(used))[: len(index)]
+    return gather(torch.cat(out))[: len(index)], images.labels.to(device)[used]
 
 
 # ---------------------------------------------------------------------------------------------------------- k-NN
@@ -111,6 +115,16 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     by_k = {k: 100 * r / len(test_x) for k, r in zip(ks, right.tolist())}
     best = max(by_k, key=by_k.get)
     return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
+
+
+def knn_per_block(encoder, train, val, run, blocks=None, every=1):
+    """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b by
+    the protocol of C.4. `every` takes each so many-th image of both sets alone: a list of accuracies in percent."""
+    blocks = blocks or list(range(1, encoder.depth + 1))
+    part = lambda images: torch.arange(0, len(images), every)
+    where = (run.device, run.precision, run.workers, blocks)
+    (x, y), (test_x, test_y) = (features(encoder, images, *where, part(images)) for images in (train, val))
+    return [knn(x[:, b], y, test_x[:, b], test_y, standardize=True)["knn"] for b in range(len(blocks))]
 
 
 # ------------------------------------------------------------------------------------------------- linear probing
@@ -336,16 +350,16 @@ def cluster(x, y, runs=100, normalization="standardize", seed=0):
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def evaluate(encoder, train, val, run):
+def evaluate(encoder, train, val, run, normalization="standardize"):
     """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
-    feature. `run` gives device, precision and workers."""
+    feature. `run` gives device, precision and workers; `normalization` is that of `cluster`."""
     x, y = features(encoder, train, run.device, run.precision, run.workers)
     test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
     batch = min(1024, len(x))
     per_epoch = len(x) // batch
     stream = cached_batches(x, y, batch, 50)
     probed, _ = probe(stream, 50 * per_epoch, 5 * per_epoch, len(train.classes), test_x, test_y, batch)
-    clusters = cluster(test_x, test_y)
+    clusters = cluster(test_x, test_y, normalization=normalization)
     values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=probed["probe"], cluster_acc=clusters["cluster_acc"])
     return values | dict(nmi=clusters["nmi"], silhouette=clusters["silhouette"])
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from common import (
-    VIT_SIZES, Colour, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit,
+    BYOL, VIT_SIZES, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit,
     check_batch, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file, load_splits,
     load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank, random_masking,
     reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
@@ -114,12 +114,6 @@ SHAPES = dict(
     head_epochs=8, head_lr=2e-3,
     epochs=14, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97, temperature=0.15,
 )  # fmt: skip
-
-# MAE-CT_aug (4.2: the augmentations of BYOL), views 1 and 2
-BYOL = [
-    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=1.0),
-    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2),
-]
 
 
 def presets(given):

@@ -5,7 +5,7 @@ differences, one process against two, a killed run against an unbroken one.
 
     pytest test_all.py --durations=15            # some minutes on two CPU cores
     SLOW=1 pytest test_all.py                    # the long ones too
-    python test_all.py bench attention           # ratios of alternating runs; also: bench knn
+    python test_all.py bench attention           # ratios of alternating runs; also: bench knn, bench heads
 
 "Equal" is max|a - b| / max|b| of a tensor (`error`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
 """
@@ -47,6 +47,7 @@ from torchvision.transforms.v2 import functional as tv
 import common
 import eval as protocols
 import mae_ct
+import mim_refiner
 from common import Images, InputError, View, backward, uniform
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -223,6 +224,52 @@ STEPS = {
 }
 
 
+def tiny_refiner(blocks=(2, 3), **changes):
+    """Settings, encoder of 16 patches and heads."""
+    given = dict(image_size=16, batch=8, queue=32, projector_hidden=16, predictor_hidden=12, head_dim=8, k=4, ema=0.9,
+                 local_size=8, local_views=3, warmup_epochs=0, workers=0, precision="float32", seed=3)  # fmt: skip
+    s = mim_refiner.Settings(**(given | changes))
+    torch.manual_seed(0)
+    encoder = randomized(common.ViT(16, 4, dim=16, depth=3, heads=2, post_norm=s.mim == "data2vec2"))
+    return s, encoder, randomized(mim_refiner.IDHeads(len(blocks), 16, s))
+
+
+def refiner_outcome(micro_batch, folder, dtype=torch.float64, frozen=1, **changes):
+    """Two steps of refinement (frozen=3: of head initialisation), by the paper's own loop."""
+    out = str(folder / f"refiner{micro_batch}{dtype}{frozen}{changes}")
+    s, encoder, heads = tiny_refiner(micro_batch=micro_batch, out=out, **changes)
+    real = common.augment
+    with mock.patch.object(mim_refiner, "augment", lambda *args: real(*args).to(dtype)):
+        run = Recorder(s, CPU)
+        mim_refiner.contrast(run, "refine", encoder.to(dtype), heads.to(dtype), [2, 3], tiny_images(), None, epochs=1,
+                             lr=1e-3, frozen=frozen, k=4)  # fmt: skip
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, queue=dict(heads.Q.named_buffers()))
+
+
+REFINER_STEPS = {
+    "refine": dict(),
+    "heads": dict(frozen=3),
+    "authors_loss": dict(authors_loss=True, local_views=0),
+    "data2vec2": dict(mim="data2vec2", checkpoint_blocks=True),
+    "refine float32": dict(dtype=torch.float32),
+}
+
+
+def collectives_of_heads(heads):
+    """Calls of torch.distributed in a step of so many heads."""
+    s, _, module = tiny_refiner(blocks=range(heads))
+    y, index = normal(4, 5, heads, 16).requires_grad_(), torch.arange(4)
+    calls = []
+    counted = lambda real: lambda *args, **kwargs: (calls.append(0), real(*args, **kwargs))[1]
+    with contextlib.ExitStack() as stack:
+        for name in ("all_gather_into_tensor", "all_reduce"):
+            stack.enter_context(mock.patch.object(common.dist, name, counted(getattr(common.dist, name))))
+        losses, aux = module.loss(y, index, index, torch.zeros(4, 2), s, 4)
+        losses.sum().backward()
+        module.Q.push(aux["z"], index, index)
+    return len(calls)
+
+
 def outcomes(folder):
     found = dict(gather=gather_outcome(), batch_norm=batch_norm_outcome(5), batch_norm_heads=batch_norm_outcome(2, 5))
     found["uniform"] = uniform((0, "key"), part(torch.arange(8)), 3)
@@ -231,9 +278,17 @@ def outcomes(folder):
     found["knn"] = protocols.knn(*knn_data(), ks=(1, 5, 20))
     x, y = normal(20, 4).float(), torch.arange(20) % 3
     found["probe"] = protocols.probe(protocols.cached_batches(x, y, 8, 3), 6, 1, 3, x, y, 8)[1].weight.detach()
-    for name, changes in STEPS.items():
+    z = [common.normalize(part(normal(6, 5, seed=i))).requires_grad_() for i in (6, 7)]
+    loss = common.nt_xent(*z, 0.2)
+    loss.backward()
+    found["nt_xent"] = dict(loss=loss.detach(), gradients=[v.grad / common.world() for v in z])
+    with contextlib.redirect_stdout(io.StringIO()):
         for micro_batch in (0, 2):
-            found[name, micro_batch] = step_outcome(name.split()[0], micro_batch, folder, **changes)
+            for name, changes in STEPS.items():
+                found[name, micro_batch] = step_outcome(name.split()[0], micro_batch, folder, **changes)
+            for name, changes in REFINER_STEPS.items():
+                found[name, micro_batch] = refiner_outcome(micro_batch, folder, **changes)
+    found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
     return found
 
 
@@ -292,7 +347,7 @@ def test_batch_norm_over_two_ranks_is_torchs_over_the_whole_batch(two, name, hea
             assert all(error(mine[k], v) < 1e-10 for k, v in expected.items())
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*STEPS, *REFINER_STEPS])
 def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name):
     alone, ranks = two
     whole, tolerance = alone[name, 0], 1e-5 if "float32" in name else 1e-10
@@ -305,6 +360,19 @@ def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name
         assert all_equal(other["gradients"][1], whole["gradients"][1], later)
         assert error(other["queue"]["embeddings"], whole["queue"]["embeddings"]) < later
         assert all(torch.equal(other["queue"][k], whole["queue"][k]) for k in ("indices", "labels", "cursor"))
+
+
+def test_nt_xent_over_two_ranks_is_that_of_all_rows(two):
+    alone, ranks = two[0]["nt_xent"], [r["nt_xent"] for r in two[1]]
+    assert error(sum(r["loss"] for r in ranks) / 2, alone["loss"]) < 1e-12
+    for view in (0, 1):
+        assert error(torch.cat([r["gradients"][view] for r in ranks]), alone["gradients"][view]) < 1e-10
+
+
+def test_eight_heads_have_the_collectives_of_one(two):
+    assert two[0]["collectives"] == [0, 0]
+    for found in two[1]:
+        assert found["collectives"][0] == found["collectives"][1] > 0
 
 
 @pytest.mark.parametrize("name", ["features", "probe"])
@@ -560,6 +628,27 @@ def test_a_wholly_frozen_encoder_saves_nothing_and_thaws():
     assert {n for n, p in encoder.named_parameters() if p.grad is None} == {"pos_embed"}
 
 
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less():
+    encoder, x, saved = vit(), normal(2, 3, 32, 32), []
+
+    def gradients(checkpoint):
+        encoder.checkpoint_blocks = checkpoint
+        encoder.zero_grad()
+        saved.append(0)
+
+        def pack(t):
+            saved[-1] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = encoder(x, drop=common.drop_path(0.5, uniform((0,), torch.arange(2), 3, 2))).square().mean()
+        loss.backward()
+        return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+    assert all_equal(gradients(True), gradients(False), 1e-12)
+    assert saved[0] < saved[1] / 4
+
+
 def test_drop_path_rate_grows_linearly_and_keeps_the_mean():
     factors = common.drop_path(0.4, uniform((0, "drop"), torch.arange(20000), 5, 2))
     dropped = (factors == 0).double().mean(0)  # [depth, 2]
@@ -689,6 +778,22 @@ def test_patches_are_cut_row_by_row_with_the_colour_last():
     assert torch.equal(common.unpatchify(patches, 4, 8, 12), x)
 
 
+def test_a_noise_level_is_added_before_the_decoder_to_mask_tokens_too():
+    encoder, decoder = vit(), randomized(common.MAEDecoder((4, 4), 8, 32, 16, 1, 2))
+    ids_keep, ids_restore, _ = common.random_masking(uniform((0,), torch.arange(2), 16), 0.5)
+    tokens, level = encoder(normal(2, 3, 32, 32), ids_keep).detach(), normal(2, 32, seed=1)
+    weight, bias = decoder.decoder_embed.weight, decoder.decoder_embed.bias
+    # a mask token of the encoder's width that decoder_embed maps to the decoder's own
+    at_encoder = torch.linalg.lstsq(weight, (decoder.mask_token[0, 0] - bias)[:, None]).solution[:, 0]
+    full = torch.cat([tokens[:, 1:], at_encoder.expand(2, 8, -1)], 1)
+    full = torch.cat([tokens[:, :1], common.take(full, ids_restore)], 1) + level[:, None]
+    x = F.linear(full, weight, bias) + decoder.decoder_pos_embed
+    for block in decoder.decoder_blocks:
+        x = block(x)
+    expected = decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
+    assert error(decoder(tokens, ids_restore, level), expected) < 1e-9
+
+
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_mae_loss_is_the_formula(norm_pix):
     x, pred = normal(3, 3, 16, 16), normal(3, 16, 48, seed=1)
@@ -776,6 +881,18 @@ def test_info_nce_is_the_formula():
     assert torch.autograd.gradcheck(lambda c: common.info_nce(rows, c, 0.2), columns)
 
 
+def test_nt_xent_is_the_formula():
+    views = [common.normalize(normal(5, 8, seed=v)).requires_grad_() for v in (0, 1)]
+    total = 0
+    for v in (0, 1):
+        for i in range(5):
+            e = lambda w, j: math.exp((views[v][i] @ views[w][j]).item() / 0.2)
+            negatives = [e(w, j) for w in (0, 1) for j in range(5) if j != i]  # of 2n - 2
+            total -= math.log(e(1 - v, i) / (e(1 - v, i) + sum(negatives)))
+    assert common.nt_xent(*views, 0.2).item() == pytest.approx(total / 10, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *z: common.nt_xent(*z, 0.2), views)
+
+
 def test_logits_stay_in_float32_under_autocast():
     rows, columns = (common.normalize(normal(64, 32, seed=i).float()) for i in (0, 1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -854,6 +971,23 @@ def test_a_push_larger_than_the_queue_leaves_its_last_rows():
     queue.push(torch.stack([index, index], 1).float(), index, index)
     queue.push(torch.zeros(1, 2), torch.tensor([50]), torch.tensor([50]))
     assert sorted(queue.indices.tolist()) == [8, 9, 10, 50]
+
+
+def test_queues_of_several_heads_are_one_for_each():
+    torch.manual_seed(0)
+    together, single = common.Queue(12, 3, 4).double(), [common.Queue(12, 4).double() for _ in range(3)]
+    for h, queue in enumerate(single):
+        queue.embeddings.copy_(together.embeddings[h])
+    for step in range(3):
+        z, dice = common.normalize(normal(3, 5, 4, seed=step)), uniform((step,), torch.arange(3), 5)
+        index = torch.arange(5) + 3 * step
+        at = together.lookup(z, index, 3, dice)
+        for h, queue in enumerate(single):
+            assert torch.equal(at[h], queue.lookup(z[h], index, 3, dice[h]))
+            queue.push(z[h], index, index)
+        together.push(z, index, index)
+    for h, queue in enumerate(single):
+        assert torch.equal(together.embeddings[h], queue.embeddings) and torch.equal(together.indices, queue.indices)
 
 
 def test_ema_is_the_formula_and_copies_batch_norm_statistics():
@@ -1380,10 +1514,10 @@ def folders(tmp_path_factory):
     return root
 
 
-def main(*argv):
-    """mae_ct's main in this process, on the CPU; returns what it printed."""
+def main(*argv, program=mae_ct):
+    """A program's main in this process, on the CPU; returns what it printed."""
     with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()) as out:
-        mae_ct.main([str(a) for a in argv])
+        program.main([str(a) for a in argv])
     return out.getvalue()
 
 
@@ -1446,7 +1580,7 @@ class Killed(Exception):
     pass
 
 
-def break_at(step, *argv):
+def break_at(step, *argv, program=mae_ct):
     """Runs main until it has taken so many steps."""
     real, calls = common.Run.optimize, []
 
@@ -1457,7 +1591,7 @@ def break_at(step, *argv):
         return real(self, *args, **kwargs)
 
     with mock.patch.object(common.Run, "optimize", optimize), pytest.raises(Killed):
-        main(*argv)
+        main(*argv, program=program)
 
 
 @pytest.mark.parametrize("stages", ["mae,head,ct", "combined,head,ct"])
@@ -2029,6 +2163,276 @@ def test_the_short_built_in_run_learns(tmp_path):
     assert results["mae_ct"]["knn"] > results["mae"]["knn"] > 15  # chance is 10
 
 
+# ---------------------------------------------------------------------------------------------------- MIM-Refiner
+
+
+def test_settings_are_those_of_table_10():
+    parse = lambda *argv: common.parse_settings(mim_refiner.Settings, mim_refiner.presets, ["--data", "imagenet", *argv], "x")
+    columns = {
+        ("vit_l16",): (30, 1024, 0.2, 8, 0, 96),
+        ("vit_h16",): (30, 512, 0.3, 12, 0, 96),
+        ("vit_h14",): (30, 512, 0.3, 12, 0, 98),
+        ("vit_2b14",): (20, 512, 0.35, 8, 6, 98),
+        ("vit_l16", "--mim", "data2vec2"): (20, 1024, 0.2, 8, 0, 96),
+        ("vit_h14", "--mim", "data2vec2"): (20, 512, 0.3, 12, 0, 98),
+        ("vit_h14", "--mim", "data2vec2", "--no_color"): (10, 512, 0.3, 12, 0, 98),  # A.2
+    }
+    names = "epochs batch temperature heads frozen local_size".split()
+    every = dict(warmup_epochs=4, lr=4e-4, layer_decay=0.65, weight_decay=0.05, ema=0.9999, head_weight_decay=1e-5, k=20,
+                 global_scale_min=0.25, local_scale_min=0.05, local_views=10, image_size=224, head_epochs=20, head_lr=2e-4,
+                 queue=65536, projector_hidden=2048, predictor_hidden=4096, head_dim=256)  # fmt: skip
+    for argv, row in columns.items():
+        s = parse("--model", *argv)
+        expected = every | dict(zip(names, row))
+        assert {name: getattr(s, name) for name in expected} == expected
+
+
+def nna_loop(p, z, nn_z, temperature, swap_negatives=False, authors_loss=False):
+    """Eq. 1 for one head, anchor by anchor: p [N, V, d], z and nn_z [N, 2, d]; also the number of pairs of views."""
+    total, pairs, count = 0, 0, len(p)
+    others = nn_z if swap_negatives else z
+    for i in (0, 1):
+        for j in range(p.shape[1]):
+            if i == j:
+                continue
+            pairs += 1
+            for n in range(count):
+                positive = torch.exp(nn_z[n, i] @ p[n, j] / temperature)
+                if authors_loss:
+                    negatives = [torch.exp(others[n, i] @ p[m, j] / temperature) for m in range(count) if m != n]
+                else:
+                    negatives = [torch.exp(others[m, i] @ p[n, j] / temperature) for m in range(count) if m != n]
+                total = total - torch.log(positive / (positive + sum(negatives)))
+    return total / (count * pairs), pairs
+
+
+@pytest.mark.parametrize("variant", [{}, {"swap_negatives": True}, {"authors_loss": True}])
+def test_nearest_neighbor_alignment_is_the_formula_over_22_pairs(variant):
+    p = common.normalize(normal(2, 5, 12, 6)).requires_grad_()
+    z, nn_z = (common.normalize(normal(2, 5, 2, 6, seed=i)) for i in (1, 2))
+    losses = mim_refiner.nearest_neighbor_alignment(p, z, nn_z, 0.2, **variant)
+    loops = [nna_loop(p[h], z[h], nn_z[h], 0.2, **variant) for h in (0, 1)]
+    assert [pairs for _, pairs in loops] == [22, 22]
+    assert error(losses, torch.stack([loss for loss, _ in loops])) < 1e-12
+    (ours,) = torch.autograd.grad(losses.sum(), p)
+    (expected,) = torch.autograd.grad(sum(loss for loss, _ in loops), p)
+    assert error(ours, expected) < 1e-10
+
+
+def separate_heads(heads):
+    """Each head as (projector, predictor) of torch's own modules."""
+
+    def torch_mlp(layers, h):
+        modules = []
+        for layer in layers:
+            if isinstance(layer, mim_refiner.HeadLinear):
+                _, o, i = layer.weight.shape
+                modules.append(nn.Linear(i, o, bias=layer.bias is not None))
+            else:
+                modules.append(nn.GELU() if isinstance(layer, nn.GELU) else nn.BatchNorm1d(layer.weight.shape[1]))
+        reference = nn.Sequential(*modules).double()
+        state = {name: v[h] for name, v in layers.state_dict().items()}
+        assert not reference.load_state_dict(state, strict=False).unexpected_keys
+        return reference
+
+    count = len(heads.Q.embeddings)
+    return [(torch_mlp(heads.projector, h), torch_mlp(heads.predictor, h)) for h in range(count)]
+
+
+def torch_head_loss(projector, predictor, queue, own, y, index, dice, temperature, k):
+    """One head's loss by torch's modules and loops; y [N, V, D]. Returns it and z of view 0."""
+    n, views = y.shape[:2]
+    projected = projector(y.flatten(0, 1))  # all views in one BatchNorm batch
+    p = F.normalize(predictor(projected), dim=1).unflatten(0, (n, views))
+    z = F.normalize(projected.detach(), dim=1).unflatten(0, (n, views))[:, :2]
+    nn_z = torch.zeros_like(z)
+    for i in range(n):
+        for v in (0, 1):
+            similarity = queue @ z[i, v]
+            similarity[own == index[i]] = -1
+            nn_z[i, v] = queue[similarity.topk(k).indices[int(dice[i, v] * k)]]
+    return nna_loop(p, z, nn_z, temperature)[0], z[:, 0]
+
+
+@pytest.mark.parametrize("authors_head", [False, True])
+def test_batched_heads_are_separate_ones(authors_head):
+    s, _, heads = tiny_refiner(blocks=(1, 2, 3), authors_head=authors_head)
+    kinds = [type(m).__name__ for m in heads.projector]
+    first, second = ("BatchNorm", "GELU") if authors_head else ("GELU", "BatchNorm")
+    assert kinds == ["HeadLinear", first, second] * 2 + ["HeadLinear", "BatchNorm"]
+    assert [type(m).__name__ for m in heads.predictor] == ["HeadLinear", first, second, "HeadLinear", "BatchNorm"]
+    y, index = normal(6, 5, 3, 16).requires_grad_(), torch.arange(6)
+    heads.Q.push(common.normalize(normal(3, 20, 8, seed=1)), torch.arange(20) % 12, torch.arange(20) % 4)
+    dice, references = uniform((0,), index, 2), separate_heads(heads)
+    losses, aux = heads.loss(y, index, index % 4, dice, s, 4)
+    losses.sum().backward()
+    grads, y.grad = y.grad, None
+    for h, (projector, predictor) in enumerate(references):
+        loss, z = torch_head_loss(projector, predictor, heads.Q.embeddings[h], heads.Q.indices, y[:, :, h], index, dice, 0.2, 4)
+        loss.backward()
+        assert error(losses[h], loss) < 1e-12 and error(aux["z"][h], z) < 1e-12
+        for ours, theirs in ((heads.projector, projector), (heads.predictor, predictor)):
+            assert all_equal([q.grad[h] for q in ours.parameters()], [q.grad for q in theirs.parameters()], 1e-9)
+    assert error(grads, y.grad) < 1e-9
+
+
+def test_nn_accuracy_is_the_share_of_neighbours_of_the_class():
+    s, _, heads = tiny_refiner()
+    heads.Q.push(heads.Q.embeddings.clone(), torch.full((32,), -1), torch.arange(32) % 4)
+    heads.Q.labels[:] = 2
+    _, aux = heads.loss(normal(4, 3, 2, 16), torch.arange(4), torch.tensor([2, 1, 2, 2]), torch.zeros(4, 2), s, 1)
+    assert aux["nn_accuracy"].tolist() == [0.75, 0.75]
+
+
+def test_loss_schedules_by_number():
+    at = lambda schedule, epoch: [round(w, 3) for w in mim_refiner.head_weights(schedule, epoch / 20, 8).tolist()]
+    cosine = lambda since, epoch: round((1 + math.cos(math.pi * (epoch - since) / (20 - since))) / 2, 3)
+    assert at("constant", 19) == [1] * 8
+    assert at("uniform_decay", 4) == [1] * 8 and at("uniform_decay", 12) == [0.5] * 7 + [1]
+    assert at("uniform_decay", 20) == [0] * 7 + [1]
+    assert at("staggered_decay", 3.9) == [1] * 8 and at("staggered_decay", 20) == [0] * 7 + [1]
+    assert at("staggered_decay", 9) == [cosine(4, 9), cosine(6, 9), cosine(8, 9), 1, 1, 1, 1, 1]
+    assert at("staggered_step", 3.9) == [1] * 8 and at("staggered_step", 4.1) == [0] + [1] * 7
+    assert at("staggered_step", 9) == [0, 0, 0, 1, 1, 1, 1, 1] and at("staggered_step", 16.1) == [0] * 7 + [1]
+    assert at("one_hot", 3.9) == [0.1] * 7 + [1] and at("one_hot", 5) == [1] + [0.1] * 6 + [1]
+    assert at("one_hot", 9) == [0, 0, 1, 0.1, 0.1, 0.1, 0.1, 1] and at("one_hot", 18.1) == [0] * 7 + [1]
+    assert mim_refiner.head_weights("one_hot", 0.5, 1).tolist() == [1]
+    assert mim_refiner.head_weights("uniform_decay", 0.6, 2).tolist() == pytest.approx([0.5, 1])
+
+
+@pytest.mark.parametrize("flags, crops", [({}, 12), ({"local_views": 0}, 2), ({"no_color": True}, 12)])
+def test_views_are_two_global_and_ten_local_crops_of_their_colours(tmp_path, flags, crops):
+    s, encoder, heads = tiny_refiner(**dict(local_views=10, out=str(tmp_path / "run")) | flags)
+    seen, real, steps = [], common.augment, common.Run.steps
+
+    def recorded_steps(run, stage, images, views, *args):
+        seen.append(views)
+        return steps(run, stage, images, views, *args)
+
+    def recorded_augment(x, colour, noise):
+        seen.append((x.shape[-1], colour))
+        return real(x, colour, noise)
+
+    with mock.patch.object(common.Run, "steps", recorded_steps), mock.patch.object(mim_refiner, "augment", recorded_augment):
+        mim_refiner.contrast(common.Run(s, CPU), "heads", encoder.float(), heads.float(), [2, 3], tiny_images(8), None,
+                             epochs=1, lr=1e-3, frozen=3, k=1)  # fmt: skip
+    views, *augmented = seen
+    assert views == [View(16, (0.25, 1.0))] * 2 + [View(8, (0.05, 0.25))] * (crops - 2)
+    assert [size for size, _ in augmented] == [16] * 2 + [8] * (crops - 2)
+    jitter = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, sigma=(0.1, 2.0))
+    expected = [dict(p_blur=1.0, p_solarize=0.0), dict(p_blur=0.1, p_solarize=0.2)]
+    expected += [dict(p_blur=0.5, p_solarize=0.0)] * (crops - 2)
+    colours = [None if s.no_color else common.Colour(**jitter, **e) for e in expected]
+    assert [colour for _, colour in augmented] == colours
+
+
+@pytest.mark.parametrize("mim", ["mae", "data2vec2"])
+def test_refinement_is_a_plain_loop_over_heads(tmp_path, mim):
+    s, encoder, heads = tiny_refiner(out=str(tmp_path / "run"), mim=mim, local_views=2, schedule="uniform_decay")
+    f, f_ema, references = copy.deepcopy(encoder), copy.deepcopy(encoder), separate_heads(heads)
+    queues, own = list(heads.Q.embeddings.clone()), torch.full((32,), -1)
+    images, real = tiny_images(8), common.augment  # an epoch is one step
+    with mock.patch.object(mim_refiner, "augment", lambda *args: real(*args).double()):
+        run = common.Run(s, CPU)
+        ema = mim_refiner.contrast(run, "refine", encoder, heads, [1, 3], images, None, epochs=4, lr=1e-2, frozen=0, k=4)
+
+    stack, groups = f.stack(), []
+    for name, q in f.named_parameters():
+        if q.requires_grad:
+            block = re.search(r"blocks\.(\d+)", name)
+            power = 3 - int(block[1]) if block else 0 if name.startswith("norm") else 4
+            groups.append(dict(params=[q], lr=1e-2 * 0.65**power, weight_decay=0.05 if q.ndim > 1 and "cls" not in name else 0))
+    for pair in references:
+        for q in (q for m in pair for q in m.parameters()):
+            groups.append(dict(params=[q], lr=1e-2, weight_decay=1e-5 if q.ndim > 1 else 0))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    peaks = [group["lr"] * 8 / 256 for group in groups]
+    views = [View(16, (0.25, 1.0))] * 2 + [View(8, (0.05, 0.25))] * 2
+    for step, data in enumerate(common.batches(images, views, 8, 0, 4, s.seed, CPU, 0, {})):
+        noise = uniform((s.seed, "refine", step, "colour"), torch.arange(8), 4, 13)
+        dice = uniform((s.seed, "refine", step, "dice"), torch.arange(8), 2)
+        colours = [*common.BYOL, mim_refiner.LOCAL_COLOURS, mim_refiner.LOCAL_COLOURS]
+        cls = []
+        for v, x in enumerate(data.views):
+            tokens = f.embed(real(x, colours[v], noise[:, v]).double())
+            first = stack[0](tokens)
+            cls.append([first[:, 0], f.norm(stack[2](stack[1](first)))[:, 0]])
+        decay = 1 if step / 4 < 0.2 else (1 + math.cos(math.pi * (step / 4 - 0.2) / 0.8)) / 2
+        losses, zs = [], []
+        for h, pair in enumerate(references):
+            y = torch.stack([c[h] for c in cls], 1)
+            loss, z = torch_head_loss(*pair, queues[h], own, y, data.index, dice, 0.2, 4)
+            losses.append(loss)
+            zs.append(z)
+        optimizer.zero_grad()
+        (decay * losses[0] + losses[1]).backward()
+        end = 1e-6 / (1e-2 * 8 / 256)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * (end + (1 - end) * (1 + math.cos(math.pi * step / 4)) / 2)
+        optimizer.step()
+        queues, own = [torch.cat([q[8:], z]) for q, z in zip(queues, zs)], torch.cat([own[8:], data.index])
+        for a, b in zip(f_ema.parameters(), f.parameters()):
+            a.data = 0.9 * a.data + 0.1 * b.data
+
+    assert all_equal(list(encoder.parameters()), list(f.parameters()), 1e-7)
+    assert all_equal(list(ema.parameters()), list(f_ema.parameters()), 1e-7)
+    assert error(heads.Q.embeddings.roll(-32, 1), torch.stack(queues)) < 1e-7 and torch.equal(heads.Q.indices, own)
+
+
+REFINER = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --mae_batch 8 --batch 8
+    --heads 2 --queue 32 --projector_hidden 16 --predictor_hidden 16 --head_dim 8 --k 4 --ema 0.9 --mae_epochs 3
+    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --local_views 2 --local_size 8 --knn_every 1 --precision float32
+    --workers 0""".split()
+
+
+def test_a_refinement_leaves_its_files_and_resumes_to_the_same(folders, tmp_path):
+    flags = [*REFINER, "--data", folders / "labelled"]
+    main(*flags, "--out", tmp_path / "whole", program=mim_refiner)
+    names = "config.json log.jsonl last.pt mae.pt encoder.pt results.json knn_per_block.png".split()
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert list(results) == ["mae", "mim_refiner"]
+    for row in results.values():
+        assert row.keys() >= {"knn", "probe", "cluster_acc"} and len(row["knn_per_block"]) == 6
+        assert row["knn"] == row["knn_per_block"][-1]
+    last = log_of(tmp_path / "whole")[-1]
+    assert len(last["losses"]) == len(last["nn_accuracy"]) == len(last["knn"]) == 2
+    for step in (8, 15):  # in stage heads, in stage refine
+        break_at(step, *flags, "--out", tmp_path / str(step), program=mim_refiner)
+        main("--out", tmp_path / str(step), "--resume", program=mim_refiner)
+        same_weights(tmp_path / str(step), tmp_path / "whole", ("mae.pt", "encoder.pt"))
+        assert json.loads((tmp_path / str(step) / "results.json").read_text()) == results
+
+
+def test_an_encoder_that_is_given_is_refined_without_pre_training(folders, tmp_path):
+    torch.manual_seed(0)
+    common.save_encoder(tmp_path / "post.pt", common.build_vit("vit_nano8", 16, post_norm=True))
+    flags = [*REFINER, "--data", folders / "flat", "--init", tmp_path / "post.pt", "--mim", "data2vec2"]
+    main(*flags, "--out", tmp_path / "run", program=mim_refiner)
+    assert {e["stage"] for e in log_of(tmp_path / "run")} == {"heads", "refine"}
+    assert torch.load(tmp_path / "run" / "encoder.pt")["encoder"]["final_norm"] is False
+
+
+def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
+    encoder = vit().float()
+    train, val = (Images(torch.arange(n) % 3, list("abc"), pixels=pictures(n, 32, 32, seed=n)) for n in (24, 18))
+    run = argparse.Namespace(device=CPU, precision=torch.float32, workers=0)
+    found = protocols.knn_per_block(encoder, train, val, run)
+    x, test = encoder.embed(common.augment(train.pixels)), encoder.embed(common.augment(val.pixels))
+    for block, accuracy in zip(encoder.blocks, found, strict=True):
+        x, test = block(x), block(test)
+        mean, std = x[:, 0].mean(0), x[:, 0].std(0) + 1e-6
+        similarity = F.normalize((test[:, 0] - mean) / std, dim=1) @ F.normalize((x[:, 0] - mean) / std, dim=1).T
+        right = 0
+        for s, label in zip(similarity, val.labels):
+            votes = collections.Counter()
+            for i in s.argsort(descending=True)[:10].tolist():
+                votes[train.labels[i].item()] += math.exp(s[i] / 0.07)
+            right += max(votes, key=votes.get) == label
+        assert accuracy == pytest.approx(100 * right / 18)
+    assert protocols.knn_per_block(encoder, train, val, run, blocks=[3, 1]) == [found[2], found[0]]
+
+
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -2260,6 +2664,22 @@ BAD = [
     ([*FLAT, "--mask_ratio", "0"], "--mask_ratio 0"),
     ([*FLAT, "--temperature", "0"], "--temperature 0"),
 ]
+BAD_REFINER = [
+    (["--mim", "dino"], "--mim dino: choose"),
+    (["--mim", "data2vec2"], "--mim data2vec2 refines a trained encoder: give it with --init"),
+    (["--schedule", "linear"], "--schedule linear: choose from constant"),
+    (["--temperature", "0"], "--temperature 0: choose"),
+    (["--local_scale_min", "0.3"], "rising fractions of the area"),
+    (["--local_views", "-1"], "--local_views counts from 0"),
+    (["--heads", "0"], "--heads from 1"),
+    (["--heads", "7"], "heads behind blocks [0, 1, 2, 3, 4, 5, 6]: rising numbers from 1 to 6"),
+    (["--head_blocks", "4,2"], "heads behind blocks [4, 2]: rising numbers"),
+    (["--head_blocks", "2,4", "--frozen", "4"], "--frozen 4: the last head sits behind block 4"),
+    (["--local_size", "12"], "--local_size 12 is not divisible by the patch size 8"),
+    (["--k", "33"], "--k 33"),
+    (["--batch", "16", "--queue", "8"], "--batch 16 is larger than the queue of 8"),
+    (["--init", "wide.pt"], "wide.pt does not fit this model"),
+]
 BAD_EVAL = [
     (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
     (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
@@ -2280,6 +2700,10 @@ BAD_EVAL = [
 ]
 
 
+BAD_INPUT = [(mae_ct, *c) for c in BAD] + [(protocols, *c) for c in BAD_EVAL]
+BAD_INPUT += [(mim_refiner, [*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER]
+
+
 @pytest.fixture
 def bad_files(folders, monkeypatch):
     monkeypatch.chdir(folders)
@@ -2293,7 +2717,7 @@ def bad_files(folders, monkeypatch):
     return folders
 
 
-@pytest.mark.parametrize("program, argv, fault", [(mae_ct, *c) for c in BAD] + [(protocols, *c) for c in BAD_EVAL])
+@pytest.mark.parametrize("program, argv, fault", BAD_INPUT)
 def test_bad_input_is_named_before_anything_is_written(bad_files, program, argv, fault):
     before = sorted(Path().rglob("*"))
     with pytest.raises(InputError, match=re.escape(fault)), contextlib.redirect_stdout(io.StringIO()):
@@ -2366,6 +2790,26 @@ def bench_knn():
     model.fit(x[:20000].numpy(), y[:20000].numpy())
     ours = lambda: protocols.knn(x[:20000], y[:20000], x[20000:], y[20000:])
     compare("k-NN, against scikit-learn", ours, lambda: model.score(x[20000:].numpy(), y[20000:].numpy()), pairs=5)
+
+
+def bench_heads():
+    """Forward and backward of 8 heads (MIM-Refiner B.2), batch 256 of width 1024, 12 views, as one module and as eight."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, s = common.precision_of("auto", device), mim_refiner.Settings()
+    torch.manual_seed(0)
+    together = mim_refiner.IDHeads(8, 1024, s).to(device)
+    separate = [mim_refiner.IDHeads(1, 1024, s).to(device) for _ in range(8)]
+    y, index = torch.randn(256, 12, 8, 1024, device=device), torch.arange(256, device=device)
+    dice = torch.rand(256, 2, device=device)
+
+    def step(heads):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            parts = [y] if len(heads) == 1 else y.split(1, 2)
+            sum(h.loss(part, index, index, dice, s, 20)[0].sum() for h, part in zip(heads, parts)).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    compare(f"8 heads batched, against separate ones ({device}, {precision})", lambda: step([together]), lambda: step(separate), 5)
 
 
 if __name__ == "__main__":
