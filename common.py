@@ -1850,17 +1850,15 @@ def draw_curves(path, curves, x_label, y_label, width=480, height=320):
     pen = ImageDraw.Draw(canvas)
     x, y = ([v for curve in curves.values() for v in curve[axis]] for axis in (0, 1))
     place = lambda v, values, start, end: start + (v - min(values)) / ((max(values) - min(values)) or 1) * (end - start)
-    for i in range(5):
-        for values, label_at in ((x, "x"), (y, "y")):
-            value = min(values) + i / 4 * (max(values) - min(values))
-            if label_at == "x":
-                at = place(value, values, left, right)
-                pen.line([(at, top), (at, bottom)], fill="gainsboro")
-                pen.text((at, bottom + 6), f"{value:.3g}", fill="black", anchor="ma")
-            else:
-                at = place(value, values, bottom, top)
-                pen.line([(left, at), (right, at)], fill="gainsboro")
-                pen.text((left - 6, at), f"{value:.3g}", fill="black", anchor="rm")
+    ticks = lambda values: [min(values) + i / 4 * (max(values) - min(values)) for i in range(5)]
+    for value in sorted(set(x)) if len(set(x)) <= 12 else ticks(x):
+        at = place(value, x, left, right)
+        pen.line([(at, top), (at, bottom)], fill="gainsboro")
+        pen.text((at, bottom + 6), f"{value:.3g}", fill="black", anchor="ma")
+    for value in ticks(y):
+        at = place(value, y, bottom, top)
+        pen.line([(left, at), (right, at)], fill="gainsboro")
+        pen.text((left - 6, at), f"{value:.3g}", fill="black", anchor="rm")
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         colour = ("steelblue", "darkorange", "seagreen", "firebrick", "slateblue", "gray")[i % 6]
         points = [(place(a, x, left, right), place(b, y, bottom, top)) for a, b in zip(xs, ys)]

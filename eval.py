@@ -117,13 +117,13 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
 
 
-def knn_per_block(encoder, train, val, run, blocks=None, every=1):
+def knn_per_block(encoder, train, val, run, blocks=None, part=1.0):
     """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b by
-    the protocol of C.4. `every` takes each so many-th image of both sets alone: a list of accuracies in percent."""
+    the protocol of C.4, on a random `part` of both sets. Returns a list of accuracies in percent."""
     blocks = blocks or list(range(1, encoder.depth + 1))
-    part = lambda images: torch.arange(0, len(images), every)
     where = (run.device, run.precision, run.workers, blocks)
-    (x, y), (test_x, test_y) = (features(encoder, images, *where, part(images)) for images in (train, val))
+    draw = lambda images: uniform(("part",), torch.arange(len(images)), 1)[:, 0].argsort()[: round(part * len(images))]
+    (x, y), (test_x, test_y) = (features(encoder, images, *where, draw(images)) for images in (train, val))
     return [knn(x[:, b], y, test_x[:, b], test_y, standardize=True)["knn"] for b in range(len(blocks))]
 
 

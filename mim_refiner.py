@@ -93,7 +93,7 @@ class Settings(RunSettings):
     decoder_depth: int = 8
     decoder_heads: int = 16
 
-    knn_every: int = 5  # epochs between k-NN of the heads' blocks on a tenth of the data, or a thousand images (Appendix E)
+    knn_every: int = 5  # epochs between k-NN of the heads' blocks on a tenth of the data (Appendix E)
 
 
 # Table 10: Large, Huge and 2B, whatever the patch size
@@ -303,8 +303,8 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
             log["nn_accuracy"] = aux["nn_accuracy"]
         epoch, last_step = divmod(run.step + 1, run.per_epoch)
         if val and tuned and last_step == 0 and epoch % s.knn_every == 0:
-            every = min(10, len(images) // 1000 or 1)
-            log["knn"] = torch.tensor(knn_per_block(f, images, val, run, blocks, every))
+            part = min(1.0, max(0.1, 1000 / len(images)))
+            log["knn"] = torch.tensor(knn_per_block(f, images, val, run, blocks, part))
         factor = warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch, 1e-6 / peak)
         if run.optimize(optimizer, loss, log, factor):
             heads.Q.push(aux["z"], data.index, data.labels)

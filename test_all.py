@@ -2427,10 +2427,16 @@ def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
         for s, label in zip(similarity, val.labels):
             votes = collections.Counter()
             for i in s.argsort(descending=True)[:10].tolist():
-                votes[train.labels[i].item()] += math.exp(s[i] / 0.07)
+                votes[train.labels[i].item()] += math.exp(s[i].item() / 0.07)
             right += max(votes, key=votes.get) == label
         assert accuracy == pytest.approx(100 * right / 18)
     assert protocols.knn_per_block(encoder, train, val, run, blocks=[3, 1]) == [found[2], found[0]]
+    seen = []
+    with mock.patch.object(protocols, "features", lambda e, images, *rest: (seen.append(rest[-1]), features(images, rest))[1]):
+        features = lambda images, rest: (torch.zeros(len(rest[-1]), 3, 2), images.labels[rest[-1]])
+        protocols.knn_per_block(encoder, train, val, run, part=0.5)
+    assert [len(set(index.tolist())) for index in seen] == [12, 9]
+    assert [len(images.labels[index].unique()) for images, index in zip((train, val), seen)] == [3, 3]  # in any order
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
