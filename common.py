@@ -14,7 +14,9 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -738,6 +740,91 @@ class Images:
         image = self.dataset[i][0] if self.files is None else Image.open(self.name(i))
         return image.convert("RGB")
 
+    def sources(self, seed, epoch, index):
+        """What a sample's views are cut from, view by view: the image itself. For indices [n] of pixels in memory uint8
+        [n, 3, H, W], else for a single index a PIL image."""
+        return itertools.repeat(self.open(index.item()) if self.pixels is None else self.pixels[index])
+
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
+
+
+@dataclass
+class Videos(Images):
+    """A video set: `pixels` [N, T, 3, H, W] uint8, or `files`: folders of frames, video files, images (of one frame)."""
+
+    motions: torch.Tensor = None  # [N] int64, a second label (moving_shapes only)
+    gap: int = -1  # see sample_frames
+
+    def sources(self, seed, epoch, index):
+        """The same for a pair of frames: the first view is cut from the one, the second from the other."""
+        noise = uniform((seed, epoch, "frames"), index, 2)
+        if self.pixels is not None:
+            for frame in sample_frames(noise, self.pixels.shape[1], self.gap).unbind(1):
+                yield self.pixels[index, frame]
+        else:
+            length, read = self.open_clip(index.item())
+            for frame in sample_frames(noise, length, self.gap)[0].tolist():
+                yield read(frame).convert("RGB")
+
+    def open_clip(self, i):
+        """(number of frames of video i, a function from a frame's number to its PIL image); nothing else is decoded."""
+        path = Path(self.name(i))
+        if path.is_dir():  # 2.png comes before 10.png
+            number = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
+            frames = sorted((f for f in os.listdir(path) if Path(f).suffix.lower() in SUFFIXES), key=number)
+            return len(frames), lambda frame: Image.open(path / frames[frame])
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
+            return 1, lambda frame: Image.open(path)
+        from torchcodec.decoders import VideoDecoder
+
+        try:
+            clip = VideoDecoder(str(path), num_ffmpeg_threads=1)
+            length = len(clip)
+        except (RuntimeError, ValueError) as e:
+            raise OSError(f"no readable video ({str(e).splitlines()[0]})") from e
+
+        def read(frame):
+            try:
+                return Image.fromarray(clip[frame].permute(1, 2, 0).numpy())
+            except (RuntimeError, IndexError) as e:
+                raise OSError(f"frame {frame} is not readable ({str(e).splitlines()[0]})") from e
+
+        return length, read
+
+    def stills(self, count):
+        """Images of `count` frames of each video, evenly spread, one video after the other."""
+        labels = self.labels.repeat_interleave(count)
+        if self.pixels is None:
+            return Images(labels, self.classes, dataset=_Stills(self, count))
+        frames = ((torch.arange(count) + 0.5) * self.pixels.shape[1] / count).long()
+        return Images(labels, self.classes, pixels=self.pixels[:, frames].flatten(0, 1))
+
+
+@dataclass
+class _Stills:
+    videos: Videos
+    count: int
+
+    def __getitem__(self, i):
+        length, read = self.videos.open_clip(i // self.count)
+        return read(int((i % self.count + 0.5) * length / self.count)), -1
+
+
+def sample_frames(noise, length, gap=-1):
+    """Two frames of a video from noise [N, 2]: their numbers [N, 2], from 0 (ViC-MAE 5.3, Table 4).
+
+    gap −1 is distant sampling: one frame from either half. Else the second follows the first within `gap` frames; 0 takes
+    the same frame twice. A video of one frame gives that twice, a short one its last frame.
+    """
+    if gap < 0:
+        low = torch.tensor([0, length // 2])
+        high = torch.tensor([max(1, length // 2), length])
+        return (low + (noise.cpu() * (high - low)).long()).to(noise.device)
+    first = (noise[:, 0] * max(length - gap, 1)).long()
+    second = first + (gap > 0) + (noise[:, 1] * gap).long()
+    return torch.stack([first, second.clamp(max=length - 1)], 1)
+
 
 def load_images(data, split, labels=True):
     """A split of a built-in set, a folder, or a torchvision set by name.
@@ -763,22 +850,68 @@ def load_images(data, split, labels=True):
     return _load_torchvision(known[data.lower()], split)
 
 
+def load_videos(data, split, labels=False):
+    """A split of a video set.
+
+    Args:
+        data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (or test/) of class folders, a
+            folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
+            own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each folder
+            of images is one video; those that lie in the root itself are stills.
+        split: "train" or "val"; labels: whether class labels are needed.
+    Raises:
+        InputError: no such set, nothing to read, or video files but no torchcodec.
+    """
+    if data == "moving_shapes":
+        return moving_shapes(split)
+    if data == "random":
+        return load_images(data, split)
+    if not Path(data).is_dir():
+        raise InputError(f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
+    root, names = Path(data), ["train"] if split == "train" else ["val", "test"]
+    folder = next((root / n for n in names if (root / n).is_dir()), root)
+    of_class = folder != root
+    if labels and not of_class:
+        raise InputError(f"--data {data}: labels are needed, but there is no train/ and val/ with one folder per class")
+    files = []
+    for at, _, found in os.walk(folder, followlinks=True):
+        images = [os.path.join(at, f) for f in found if Path(f).suffix.lower() in SUFFIXES]
+        depth = len(Path(os.path.relpath(at, folder)).parts)
+        files += images if depth <= of_class else [at] if images else []
+        files += [os.path.join(at, f) for f in found if Path(f).suffix.lower() in VIDEO_SUFFIXES]
+    if not files:
+        raise InputError(f"--data {data}: no folders of frames, video files or images in {folder}")
+    clips = [f for f in files if Path(f).suffix.lower() in VIDEO_SUFFIXES and not Path(f).is_dir()]
+    if clips and importlib.util.find_spec("torchcodec") is None:
+        raise InputError(
+            f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec (pip install torchcodec); or make "
+            "folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
+        )
+    files.sort()
+    classes = [os.path.relpath(f, folder).split(os.sep)[0] for f in files]
+    if not of_class or any(os.path.dirname(f) == str(folder) and not Path(f).is_dir() for f in files):
+        return Videos(torch.full((len(files),), -1), [], files=np.array([os.fsencode(f) for f in files]))
+    names = sorted(set(classes))
+    labels = torch.tensor([names.index(c) for c in classes])
+    return Videos(labels, names, files=np.array([os.fsencode(f) for f in files]))
+
+
 class _Noise:
     def __getitem__(self, i):
         return Image.effect_noise((256, 256), 64), -1
 
 
-def load_splits(data, labels=False, val=True):
+def load_splits(data, labels=False, val=True, load=load_images):
     """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
-    or test/ to evaluate on.
+    or test/ to evaluate on. `load` is load_images or load_videos.
 
     Raises:
         InputError: as load_images; or the two have different classes.
     """
-    train = load_images(data, "train", labels)
+    train = load(data, "train", labels)
     if not val or not train.classes or Path(data).is_dir() and not any((Path(data) / n).is_dir() for n in ("val", "test")):
         return train, None
-    val = load_images(data, "val")
+    val = load(data, "val")
     if val.classes != train.classes:
         raise InputError(f"--data {data}: training and validation folders have different classes")
     return train, val
@@ -906,38 +1039,110 @@ def shapes(split, size=48):
     Returns:
         Images of [N, 3, size, size] with labels and the object's masks [N, size, size].
     """
-    count, cells = {"train": 600, "val": 200}[split], 5
+    count, cells, part = {"train": 600, "val": 200}[split], 5, 50  # a part's temporaries stay in the cache
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     pixels, masks = [], []
-    for c, (outline, pattern) in enumerate(SHAPES.values()):
-        index = torch.arange(c, count * 10, 10)
+    for index in [i for c in range(10) for i in torch.arange(c, count * 10, 10).split(part)]:
         draw = iter(uniform(("shapes", split), index, 100).double()[..., None, None].unbind(1))
         number = lambda low, high: low + (high - low) * next(draw)  # [n, 1, 1]
 
         # background: each pixel takes the colour of the nearest of `cells` sites, plus a smooth shade
-        sites = [torch.hypot(x - number(0, size), y - number(0, size)) for _ in range(cells)]
-        nearest = torch.stack(sites).argmin(0)  # [n, size, size]
-        colours = torch.stack([_rgb(number(0, 1), number(0, 0.7), number(0.15, 1)) for _ in range(cells)])
-        image = sum(colour * (nearest == i)[:, None] for i, colour in enumerate(colours))  # [n, 3, size, size]
+        sites = [(number(0, size), number(0, size)) for _ in range(cells)]
+        colours = [_rgb(number(0, 1), number(0, 0.7), number(0.15, 1)) for _ in range(cells)]
         shade = torch.stack([number(-0.1, 0.1) for _ in range(27)], 1).view(-1, 3, 3, 3)
-        image = image + F.interpolate(shade, (size, size), mode="bicubic", align_corners=True)
+        image = _patchwork(x, y, sites, colours, shade)  # [n, 3, size, size]
 
-        # object: a rotated outline, filled with two shades of its class's hue by its pattern
+        # object: somewhere within the picture
         radius, angle = number(15, 20), number(0, 2 * math.pi)
         cx, cy = (0.8 * radius + (size - 1.6 * radius) * number(0, 1) for _ in range(2))
-        dx, dy = (x - cx) / radius, (y - cy) / radius
-        u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-        inside = torch.sigmoid(-2.5 * radius * outline(u, v))[:, None]
-        mix = torch.sigmoid(4 * pattern(u, v))[:, None]
-        hue = c % 5 / 5
-        light = _rgb(hue + number(-0.07, 0.07), number(0.5, 1), number(0.6, 1))
-        dark = _rgb(hue + number(0.03, 0.17), number(0.3, 0.8), number(0.1, 0.4))
-        image = image * (1 - inside) + (light * (1 - mix) + dark * mix) * inside
+        c = index[0].item() % 10
+        image, inside = _paint(image, x, y, c, radius, angle, cx, cy, *_shades(c, number))
         image = image + 0.1 * (uniform(("shapes", split, "noise"), index, 3, size, size) - 0.5)
         pixels.append((image.clamp(0, 1) * 255).round().byte())
         masks.append(inside[:, 0] > 0.5)
-    pixels, masks = torch.stack(pixels, 1).flatten(0, 1), torch.stack(masks, 1).flatten(0, 1)  # classes take turns
-    return Images(torch.arange(count * 10) % 10, list(SHAPES), pixels=pixels, masks=masks)
+    turns = lambda parts: torch.cat(parts).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)  # classes take turns
+    return Images(torch.arange(count * 10) % 10, list(SHAPES), pixels=turns(pixels), masks=turns(masks))
+
+
+MOTIONS = ["sliding", "circling", "spinning", "swelling", "swinging"]
+
+
+def moving_shapes(split, size=48, frames=12):
+    """The built-in videos: an object of `shapes` that moves, turns and changes its size over a background that moves as
+    well, while the light changes. Its class is the label, the kind of its motion (MOTIONS) a second one.
+
+    Made as `shapes` is: a video depends on (split, index) alone, place, size, rotation, shade, speed, light and background
+    say nothing of the labels.
+
+    Args:
+        split: "train" (1200 videos) or "val" (400).
+    Returns:
+        Videos of [N, frames, 3, size, size] with labels and motions.
+    """
+    count, cells, part, turn = {"train": 120, "val": 40}[split], 14, 8, 2 * math.pi
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    t = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None, None]  # [T, 1, 1]
+    pixels = []
+    for index in [i for c in range(10) for i in torch.arange(c, count * 10, 10).split(part)]:
+        draw = iter(uniform(("moving_shapes", split), index, 160).double()[..., None, None, None].unbind(1))
+        number = lambda low, high: low + (high - low) * next(draw)  # [n, 1, 1, 1]
+        each = lambda v: v.expand(-1, frames, 1, 1).flatten(0, 1)  # a value a frame: [n · T, 1, 1]
+        still = lambda low, high: each(number(low, high))
+        kind = index // 10 % 5
+        sliding, circling, spinning, swelling, swinging = ((kind == k).double()[:, None, None, None] for k in range(5))
+
+        # background: a patchwork of four times the picture's area, seen by a camera that pans over it
+        heading, distance = number(0, turn), number(0.5, 0.8) * size
+        pan = [distance * (t - 0.5) * f(heading) for f in (torch.cos, torch.sin)]
+        sites = [tuple(each(number(-size / 2, 1.5 * size) + p) for p in pan) for _ in range(cells)]
+        colours = [_rgb(still(0, 1), still(0, 0.7), still(0.15, 1)) for _ in range(cells)]
+        shade = torch.stack([still(-0.1, 0.1) for _ in range(27)], 1).view(-1, 3, 3, 3)
+        image = _patchwork(x, y, sites, colours, shade)  # [n · T, 3, size, size]
+
+        # object: its motion, and a little of every other
+        sign, phase, speed = number(-1, 1).sign(), number(0, turn), number(0.7, 1)
+        swing = speed * torch.sin(2 * turn * t + phase)
+        radius = number(13, 17) * (1 + number(-0.1, 0.1) * t + 0.5 * swelling * sign * (t - 0.5))
+        angle = number(0, turn) + number(-0.5, 0.5) * t + turn * spinning * sign * 1.5 * speed * t + swinging * swing
+        path = [18 * sliding * speed * (t - 0.5) * f(phase) + 8 * circling * speed * f(turn * sign * t + phase)
+                for f in (torch.cos, torch.sin)]  # fmt: skip
+        path[0] = path[0] + 6 * swinging * swing
+        cx, cy = (size / 2 + number(-5, 5) + number(-3, 3) * (t - 0.5) + p for p in path)
+        c = index[0].item() % 10
+        image, _ = _paint(image, x, y, c, *map(each, (radius, angle, cx, cy)), *_shades(c, still))
+        image = image * each(number(0.75, 1.15) + number(-0.35, 0.35) * t)[:, None]
+        image = image + 0.1 * (uniform(("moving_shapes", split, "noise"), index, frames, 3, size, size).flatten(0, 1) - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().byte().unflatten(0, (-1, frames)))
+    pixels = torch.cat(pixels).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)  # classes take turns
+    index = torch.arange(count * 10)
+    return Videos(index % 10, list(SHAPES), pixels=pixels, motions=index // 10 % 5)
+
+
+def _patchwork(x, y, sites, colours, shade):
+    """Each pixel takes the colour [n, 3, 1, 1] of the nearest site (cx, cy), plus a smooth shade [n, 3, 3, 3]."""
+    distances = [(x[:1] - cx).square() + (y[:, :1] - cy).square() for cx, cy in sites]  # [n, 1, size] + [n, size, 1]
+    nearest = torch.stack(distances).argmin(0)  # [n, size, size]
+    palette = torch.stack(colours, 2)[..., 0, 0]  # [n, 3, cells]
+    image = palette.gather(2, nearest.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape)
+    return image + F.interpolate(shade, x.shape, mode="bicubic", align_corners=True)
+
+
+def _shades(c, number):
+    """Two colours of an object of class c, light and dark; classes c and c + 5 share their hue."""
+    hue = c % 5 / 5
+    light = _rgb(hue + number(-0.07, 0.07), number(0.5, 1), number(0.6, 1))
+    return light, _rgb(hue + number(0.03, 0.17), number(0.3, 0.8), number(0.1, 0.4))
+
+
+def _paint(image, x, y, c, radius, angle, cx, cy, light, dark):
+    """Paints objects of class c, turned by an angle, over images [n, 3, size, size]: a soft outline, filled with two
+    colours by the class's pattern. Returns the images and the objects' coverage [n, 1, size, size]."""
+    outline, pattern = list(SHAPES.values())[c]
+    dx, dy = (x - cx) / radius, (y - cy) / radius
+    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+    inside = torch.sigmoid(-2.5 * radius * outline(u, v))[:, None]
+    mix = torch.sigmoid(4 * pattern(u, v))[:, None]
+    return image * (1 - inside) + (light * (1 - mix) + dark * mix) * inside, inside
 
 
 def _rgb(hue, saturation, value):
@@ -1002,20 +1207,20 @@ def crop_resize(images, boxes, size):
 
 @dataclass
 class RandomCrops:
-    """Cuts views of a PIL image by the noise of (seed, epoch, index): called in the workers."""
+    """Cuts the views of a sample by the noise of (seed, epoch, index): called in the workers."""
 
     views: list
     seed: int
 
-    def boxes(self, epoch, index, height, width):
-        """Boxes [N, 4] for each view, for dataset indices [N]."""
-        for v, view in enumerate(self.views):
-            yield crop_boxes(uniform((self.seed, epoch, "crop", v), index, 22), height, width, view.scale)
+    def box(self, v, epoch, index, height, width):
+        """Boxes [N, 4] of view number v, for dataset indices [N]."""
+        return crop_boxes(uniform((self.seed, epoch, "crop", v), index, 22), height, width, self.views[v].scale)
 
-    def __call__(self, image, epoch, index):
+    def __call__(self, images, epoch, index):
+        index = torch.tensor([index])
         views = []
-        for view, box in zip(self.views, self.boxes(epoch, torch.tensor([index]), image.height, image.width)):
-            top, left, h, w = box[0].tolist()
+        for v, (view, image) in enumerate(zip(self.views, images.sources(self.seed, epoch, index))):
+            top, left, h, w = self.box(v, epoch, index, image.height, image.width)[0].tolist()
             crop = image.crop((left, top, left + w, top + h))
             views.append(_to_uint8(crop.resize((view.size, view.size), Image.Resampling.BICUBIC)))
         return views
@@ -1028,7 +1233,8 @@ class CenterCrop:
 
     size: int
 
-    def __call__(self, image, epoch, index):
+    def __call__(self, images, epoch, index):
+        image = images.open(index)
         if image.size != (self.size, self.size):
             image = v2.resize(image, [round(self.size * 256 / 224)], InterpolationMode.BICUBIC)
             image = v2.center_crop(image, [self.size, self.size])
@@ -1047,7 +1253,7 @@ class _Decoded(torch.utils.data.Dataset):
         bad = []
         for _ in range(100):
             try:
-                return self.cut(self.images.open(index), epoch, index), index, bad
+                return self.cut(self.images, epoch, index), index, bad
             except UNREADABLE as e:
                 bad.append((self.images.name(index), str(e)))
                 index = (index + 1) % len(self.images)
@@ -1121,12 +1327,12 @@ def batches(images, views, batch, start, stop, seed, device, workers, skipped):
         return epoch, order[epoch][part * batch :][rows]
 
     def from_memory():
-        pixels = images.pixels.to(device)
+        here = dataclasses.replace(images, pixels=images.pixels.to(device))
         for step in range(start, stop):
             epoch, index = indices(step)
             index = index.to(device, non_blocking=True)
-            boxes = crops.boxes(epoch, index, *pixels.shape[2:])
-            yield [crop_resize(pixels[index], b, v.size) for v, b in zip(views, boxes)], index
+            sources = enumerate(zip(views, here.sources(seed, epoch, index)))
+            yield [crop_resize(x, crops.box(v, epoch, index, *x.shape[2:]), view.size) for v, (view, x) in sources], index
 
     def keys():
         for step in range(start, stop):
