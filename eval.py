@@ -198,6 +198,14 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
     return {"probe": accuracy[best], "lr": lrs[best], "probe_by_lr": dict(zip(lrs, accuracy))}, probes
 
 
+def cached_probe(x, y, test_x, test_y, epochs=50):
+    """`probe` on features [N, D] that are computed once: 50 epochs, a tenth of them warm-up, batch 1024 or all."""
+    batch = min(1024, len(x))
+    steps = epochs * (len(x) // batch)
+    classes = int(torch.cat([y, test_y]).max()) + 1
+    return probe(cached_batches(x, y, batch, epochs), steps, steps // 10, classes, test_x, test_y, batch)[0]
+
+
 # ------------------------------------------------------------------------------------------------------ clustering
 
 
@@ -355,13 +363,9 @@ def evaluate(encoder, train, val, run, normalization="standardize"):
     feature. `run` gives device, precision and workers; `normalization` is that of `cluster`."""
     x, y = features(encoder, train, run.device, run.precision, run.workers)
     test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
-    batch = min(1024, len(x))
-    per_epoch = len(x) // batch
-    stream = cached_batches(x, y, batch, 50)
-    probed, _ = probe(stream, 50 * per_epoch, 5 * per_epoch, len(train.classes), test_x, test_y, batch)
     clusters = cluster(test_x, test_y, normalization=normalization)
-    values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=probed["probe"], cluster_acc=clusters["cluster_acc"])
-    return values | dict(nmi=clusters["nmi"], silhouette=clusters["silhouette"])
+    values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
+    return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
 
 def table(result):

@@ -48,10 +48,12 @@ import common
 import eval as protocols
 import mae_ct
 import mim_refiner
+import vicmae
 from common import Images, InputError, View, backward, uniform
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="long: SLOW=1 runs it")
+MOVING_SHAPES_HASH = "684979fd83c25c32e1d3c8b3e5fbb039570d8aba878742ac686d4f9b882ee01a"
 CPU, HERE = torch.device("cpu"), Path(__file__).parent
 SHAPES_HASH = "6f06f909b35e5c3c44968c027b6d0c623ef421d24757b39d95f5d6b456669458"  # the built-in set is final
 
@@ -255,6 +257,41 @@ REFINER_STEPS = {
 }
 
 
+def tiny_videos(count=16, frames=5):
+    pixels = pictures(count * frames, 20, 20).unflatten(0, (count, frames))
+    return common.Videos(torch.arange(count) % 4, list("abcd"), pixels=pixels)
+
+
+def tiny_vicmae(dtype=torch.float64, method="vicmae", **changes):
+    """Settings, encoder of 16 patches, decoder and branch."""
+    given = dict(model="vit_nano4", image_size=16, batch=8, lr=1e-2, warmup_epochs=0, contrast_from=0, contrast_weight=0.5,
+                 decoder_dim=16, decoder_depth=1, decoder_heads=2, workers=0, precision="float32", seed=3)  # fmt: skip
+    s = vicmae.Settings(**(given | changes))
+    small = common.ViT(16, 4, dim=16, depth=2, heads=2, pool="mean")
+    with mock.patch.object(vicmae, "build_vit", lambda *args: small):
+        return s, *(randomized(m).to(dtype) for m in vicmae.models(s, method))
+
+
+def vicmae_outcome(micro_batch, folder, dtype=torch.float64, method="vicmae", **changes):
+    """Two steps by the paper's own loop."""
+    out = str(folder / f"vicmae{micro_batch}{dtype}{method}{changes}")
+    s, *modules = tiny_vicmae(dtype, method, micro_batch=micro_batch, out=out, epochs=1, **changes)
+    real = common.augment
+    with mock.patch.object(vicmae, "augment", lambda *args: real(*args).to(dtype)):
+        run = Recorder(s, CPU)
+        vicmae.pretrain(run, method, *modules, tiny_videos())
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients)
+
+
+VICMAE_STEPS = {
+    "vicmae": dict(pooling="gem", color=True),
+    "simsiam": dict(method="simsiam", reconstruct_both=True),
+    "vicreg": dict(method="vicreg", gap=2),
+    "mae on frames": dict(method="mae"),
+    "vicmae float32": dict(dtype=torch.float32),
+}
+
+
 def collectives_of_heads(heads):
     """Calls of torch.distributed in a step of so many heads."""
     s, _, module = tiny_refiner(blocks=range(heads))
@@ -288,6 +325,8 @@ def outcomes(folder):
                 found[name, micro_batch] = step_outcome(name.split()[0], micro_batch, folder, **changes)
             for name, changes in REFINER_STEPS.items():
                 found[name, micro_batch] = refiner_outcome(micro_batch, folder, **changes)
+            for name, changes in VICMAE_STEPS.items():
+                found[name, micro_batch] = vicmae_outcome(micro_batch, folder, **changes)
     found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
     return found
 
@@ -347,7 +386,7 @@ def test_batch_norm_over_two_ranks_is_torchs_over_the_whole_batch(two, name, hea
             assert all(error(mine[k], v) < 1e-10 for k, v in expected.items())
 
 
-@pytest.mark.parametrize("name", [*STEPS, *REFINER_STEPS])
+@pytest.mark.parametrize("name", [*STEPS, *REFINER_STEPS, *VICMAE_STEPS])
 def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name):
     alone, ranks = two
     whole, tolerance = alone[name, 0], 1e-5 if "float32" in name else 1e-10
@@ -358,6 +397,8 @@ def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name
         assert error(other["losses"][1], whole["losses"][1]) < later
         assert all_equal(other["gradients"][0], whole["gradients"][0], tolerance)
         assert all_equal(other["gradients"][1], whole["gradients"][1], later)
+        if "queue" not in whole:
+            continue
         assert error(other["queue"]["embeddings"], whole["queue"]["embeddings"]) < later
         assert all(torch.equal(other["queue"][k], whole["queue"][k]) for k in ("indices", "labels", "cursor"))
 
@@ -1401,6 +1442,106 @@ def test_shapes_are_the_same_bytes_everywhere():
     assert found.hexdigest() == SHAPES_HASH
 
 
+def test_moving_shapes_are_the_same_bytes_everywhere():
+    found, sets = hashlib.sha256(), [common.moving_shapes(split) for split in ("train", "val")]
+    for videos in sets:
+        for t in (videos.pixels, videos.labels, videos.motions):
+            found.update(t.numpy().tobytes())
+        pairs = torch.stack([videos.labels, videos.motions], 1).unique(dim=0, return_counts=True)
+        assert len(pairs[0]) == 50 and pairs[1].unique().tolist() == [len(videos) // 50]  # labels are independent
+    assert [tuple(videos.pixels.shape) for videos in sets] == [(1200, 12, 3, 48, 48), (400, 12, 3, 48, 48)]
+    assert found.hexdigest() == MOVING_SHAPES_HASH
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 12])
+def test_distant_sampling_takes_a_frame_from_either_half(length):
+    frames = common.sample_frames(uniform((0,), torch.arange(400), 2), length)
+    expected = [set(range(max(1, length // 2))), set(range(length // 2, length))]
+    assert [set(column.tolist()) for column in frames.T] == expected
+
+
+@pytest.mark.parametrize("length, gap", [(12, 0), (12, 4), (12, 8), (3, 8), (1, 2), (5, 4)])
+def test_continuous_sampling_keeps_within_the_gap(length, gap):
+    first, second = common.sample_frames(uniform((0,), torch.arange(600), 2), length, gap).T
+    assert set(first.tolist()) == set(range(max(1, length - gap)))
+    assert second.max() == length - 1 and second.max() < length
+    distance = set((second - first).tolist())
+    assert distance == ({0} if gap == 0 or length == 1 else set(range(1, min(gap, length - 1) + 1)))
+
+
+def test_views_of_a_video_are_cut_from_two_frames(tmp_path):
+    videos, index = tiny_videos(), torch.tensor([3, 5, 9])
+    frames = common.sample_frames(uniform((7, 2, "frames"), index, 2), 5)
+    for v, source in enumerate(videos.sources(7, 2, index)):
+        assert torch.equal(source, torch.stack([videos.pixels[i, f] for i, f in zip(index, frames[:, v])]))
+    files = write_clips(tmp_path, videos)
+    views = [View(16, (0.5, 1.0))] * 2
+    from_files = common.Videos(videos.labels, videos.classes, files=files)
+    for a, b in zip(all_batches(videos, views, 8, 0, 2), all_batches(from_files, views, 8, 0, 2)):
+        assert torch.equal(a.index, b.index)
+        assert max((x.int() - y.int()).abs().max() for x, y in zip(a.views, b.views)) <= 1  # rounding
+    stills, of_files = videos.stills(2), from_files.stills(2)
+    assert torch.equal(stills.pixels[6:8], videos.pixels[3, [1, 3]]) and stills.labels[6:8].tolist() == [3, 3]
+    assert torch.equal(common._to_uint8(of_files.open(7)), stills.pixels[7])
+
+
+def write_clips(folder, videos):
+    """A folder of frames for each video, whose names sort by number and not by text."""
+    files = []
+    for i, clip in enumerate(videos.pixels):
+        files.append(folder / f"clip{i:02d}")
+        files[-1].mkdir(parents=True)
+        for f, frame in enumerate(clip):
+            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(files[-1] / f"frame{8 + f}.png")  # 8, 9, 10, …
+    return files
+
+
+def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch):
+    clips = tiny_videos(2).pixels
+    for c, clip in zip("ab", clips):
+        write_clips(tmp_path / "set/train" / c, argparse.Namespace(pixels=clip[None]))
+    write_pictures(tmp_path / "set/train/b", [(20, 20)] * 2)  # in a class folder, so stills
+    videos = common.load_videos(str(tmp_path / "set"), "train", labels=True)
+    assert [Path(videos.name(i)).name for i in range(4)] == ["clip00", "000.png", "001.png", "clip00"]
+    assert videos.labels.tolist() == [0, 1, 1, 1] and [videos.open_clip(i)[0] for i in range(4)] == [5, 1, 1, 5]
+    tree = common.load_videos(str(tmp_path / "set/train"), "train")  # without train/: each folder of images is a video
+    assert tree.classes == [] and [Path(tree.name(i)).name for i in range(3)] == ["clip00", "b", "clip00"]
+    with pytest.raises(InputError, match="labels are needed"):
+        common.load_videos(str(tmp_path / "set/train"), "train", labels=True)
+    (tmp_path / "set/train/a/film.mp4").write_bytes(b"no film")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="1 video files such as .*film.mp4 need torchcodec .*ffmpeg -i"):
+        common.load_videos(str(tmp_path / "set"), "train")
+
+
+def test_only_the_sampled_frames_of_a_video_file_are_decoded(tmp_path, monkeypatch, capsys):
+    clips, decoded = tiny_videos(4).pixels, []
+
+    class Decoder:  # the part of torchcodec's VideoDecoder that is used
+        def __init__(self, path, num_ffmpeg_threads):
+            self.i = int(Path(path).stem)
+            if self.i == 2:
+                raise RuntimeError("moov atom not found\nmore of it")
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, frame):
+            decoded.append((self.i, frame))
+            return clips[self.i, frame]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, argparse.Namespace(VideoDecoder=Decoder))
+    for i in range(4):
+        (tmp_path / f"{i}.mp4").write_bytes(b"")
+    videos, skipped = common.load_videos(str(tmp_path), "train"), {}
+    (batch,) = all_batches(videos, [View(16)] * 2, 4, 0, 1, skipped=skipped)
+    assert sorted(batch.index.tolist()) == [0, 1, 3, 3] and len(decoded) == 8
+    assert list(skipped) == [str(tmp_path / "2.mp4")]
+    assert "2.mp4: no readable video (moov atom not found)" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- augmentation
 
 
@@ -2440,6 +2581,148 @@ def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
     assert [len(images.labels[index].unique()) for images, index in zip((train, val), seen)] == [3, 3]  # in any order
 
 
+# -------------------------------------------------------------------------------------------------------- ViC-MAE
+
+
+def test_settings_are_those_of_table_7():
+    s = common.parse_settings(vicmae.Settings, vicmae.presets, ["--data", "kinetics"], "x")
+    table_7 = dict(lr=1.5e-4, weight_decay=0.05, batch=4096, warmup_epochs=40, epochs=800, crop_min=0.5, flip=True,
+                   contrast_weight=0.025, contrast_from=200)  # fmt: skip
+    table_7 |= dict(model="vit_b16", image_size=224, methods="vicmae", gap=-1, pooling="mean", color=False, mask_ratio=0.75)
+    assert {name: getattr(s, name) for name in table_7} == table_7
+
+
+def test_simsiam_is_equation_2_and_stops_the_gradient():
+    p_i, z_i, p_j, z_j = (common.normalize(normal(4, 6, seed=i)).requires_grad_() for i in range(4))
+    loss = vicmae.simsiam(p_i, z_i, p_j, z_j)
+    expected = [(p_i[n] - z_j[n]).square().sum() + (p_j[n] - z_i[n]).square().sum() for n in range(4)]
+    assert error(loss, sum(expected) / 8) < 1e-12
+    loss.backward()
+    assert p_i.grad.abs().max() > 0 and p_j.grad.abs().max() > 0 and z_i.grad is None and z_j.grad is None
+
+
+def test_vicreg_is_equations_3_to_5():
+    p, z = (common.normalize(normal(5, 3, seed=i)) for i in (0, 1))
+
+    def v(x):
+        columns = [[row[d].item() for row in x] for d in range(3)]
+        return sum(max(0, 1 - math.sqrt(statistics.variance(c) + 1e-4)) for c in columns) / 3
+
+    def c(x):
+        mean = [statistics.mean(row[d].item() for row in x) for d in range(3)]
+        total = 0
+        for l, k in itertools.permutations(range(3), 2):
+            total += (sum((row[l] - mean[l]) * (row[k] - mean[k]) for row in x).item() / 4) ** 2
+        return total / 3
+
+    distance = sum(((a - b) ** 2).sum().item() for a, b in zip(p, z)) / 5
+    expected = 25 * distance + 25 * (v(p) + v(z)) + c(p) + c(z)
+    assert vicmae.vicreg(p, z).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_generalized_mean_lies_between_mean_and_maximum():
+    x = normal(3, 7, 4).abs() + 0.1
+    gem = lambda p: vicmae.generalized_mean(x, torch.tensor(p, dtype=torch.float64))
+    assert error(gem(1.0), x.mean(1)) < 1e-12
+    assert error(gem(3.0), (x**3).mean(1) ** (1 / 3)) < 1e-12
+    assert error(gem(2000.0), x.amax(1)) < 2e-3
+    power = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, p: vicmae.generalized_mean(x, p), (x.requires_grad_(), power))
+
+
+def test_branch_is_the_appendixs():
+    kinds = lambda b: [tuple(m.weight.shape) if hasattr(m, "weight") else "ReLU" for m in b.projector]
+    block = [(12, 12), (12,), "ReLU"]
+    assert kinds(vicmae.Branch(6, "mean")) == [(12, 6), *block, *block]
+    assert kinds(vicmae.Branch(6, "cls", last=6)) == [(12, 6), *block, *block, (6, 12)]
+    tokens = normal(2, 5, 6)
+    for pooling, expected in (("mean", tokens[:, 1:].mean(1)), ("max", tokens[:, 1:].amax(1)), ("cls", tokens[:, 0])):
+        assert torch.equal(vicmae.Branch(6, pooling).pool(tokens), expected)
+    assert [n for n, _ in vicmae.Branch(6, "gem").named_parameters()][0] == "power"
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_step_is_equations_6_and_7(tmp_path, both):
+    s, f, decoder, branch = tiny_vicmae(out=str(tmp_path / "run"), epochs=1, reconstruct_both=both)
+    copies, videos, real = copy.deepcopy([f, decoder, branch.projector]), tiny_videos(8), common.augment
+    with mock.patch.object(vicmae, "augment", lambda *args: real(*args).double()):
+        run = Recorder(s, CPU)
+        vicmae.pretrain(run, "vicmae", f, decoder, branch, videos)
+    (data,) = common.batches(videos, [View(16, (0.5, 1.0))] * 2, 8, 0, 1, s.seed, CPU, 0, {})
+    noise = uniform((s.seed, "vicmae", 0, "mask"), torch.arange(8), 2, 16)
+    f, decoder, projector = copies
+    units, masked = [], []
+    for frame in (0, 1):
+        x = real(data.views[frame]).double()
+        ids_keep, ids_restore, mask = common.random_masking(noise[:, frame], 0.75)
+        tokens = f(x, ids_keep)
+        assert tokens.shape[1] == 1 + 4
+        units.append(F.normalize(projector(tokens[:, 1:].mean(1)), dim=1))
+        masked.append(common.mae_loss(decoder(tokens, ids_restore), x, mask).mean())
+    z, negative = torch.stack(units), 0
+    for v in (0, 1):
+        for i in range(8):
+            others = [torch.exp(z[v, i] @ z[w, k] / 0.1) for w in (0, 1) for k in range(8) if (w, k) != (v, i)]
+            negative = negative - torch.log(torch.exp(z[v, i] @ z[1 - v, i] / 0.1) / sum(others)) / 16
+    expected = (sum(masked) / 2 if both else masked[0]) + 0.5 * negative
+    assert error(run.losses[0], expected) < 1e-10
+    expected.backward()
+    theirs = [p.grad for m in (f, decoder, projector) for p in m.parameters() if p.grad is not None]
+    order = lambda grads: sorted(grads, key=lambda g: (g.shape, g.flatten()[0].item()))
+    assert all_equal(order(run.gradients[0]), order(theirs), 1e-9)
+
+
+def test_the_contrastive_loss_joins_at_its_epoch(tmp_path):
+    s, *modules = tiny_vicmae(torch.float32, out=str(tmp_path / "run"), epochs=3, contrast_from=2)
+    start = copy.deepcopy(modules[2].state_dict())
+    with mock.patch.object(common.Run, "_save", lambda *args: None):
+        vicmae.pretrain(common.Run(s, CPU), "vicmae", *modules, tiny_videos())
+    assert [("contrast" in e) for e in log_of(tmp_path / "run")] == [False] * 4 + [True] * 2
+    changed = [k for k, v in modules[2].state_dict().items() if not torch.equal(v, start[k])]
+    assert changed
+    s, *modules = tiny_vicmae(torch.float32, out=str(tmp_path / "mae"), epochs=3, contrast_from=0)
+    start = copy.deepcopy(modules[2].state_dict())
+    vicmae.pretrain(common.Run(s, CPU), "mae", *modules, tiny_videos())
+    assert all(torch.equal(v, start[k]) for k, v in modules[2].state_dict().items())
+
+
+VICMAE = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --batch 8 --epochs 3
+    --warmup_epochs 1 --contrast_from 1 --methods mae,vicmae --precision float32 --workers 0""".split()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A video set of two classes, in folders of frames."""
+    root = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", 8), ("val", 6)):
+        for c, seed in (("a", 0), ("b", 1)):
+            pixels = pictures(count * 3, 20, 20, seed=seed).unflatten(0, (count, 3))
+            write_clips(root / split / c, argparse.Namespace(pixels=pixels))
+    return root
+
+
+def test_vicmae_leaves_its_files_and_resumes_to_the_same(folders, clips, tmp_path):
+    flags = [*VICMAE, "--data", clips, "--images", folders / "labelled"]
+    main(*flags, "--out", tmp_path / "whole", program=vicmae)
+    names = "config.json log.jsonl last.pt mae.pt vicmae.pt encoder.pt results.json mae.png vicmae.png".split()
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert list(results) == ["mae", "vicmae"]
+    for row in results.values():
+        assert row.keys() >= {"knn", "probe", "knn_cls", "probe_cls", "video_labels"}
+    for step in (4, 8):
+        break_at(step, *flags, "--out", tmp_path / str(step), program=vicmae)
+        main("--out", tmp_path / str(step), "--resume", program=vicmae)
+        same_weights(tmp_path / str(step), tmp_path / "whole", ("mae.pt", "vicmae.pt", "encoder.pt"))
+        assert json.loads((tmp_path / str(step) / "results.json").read_text()) == results
+        assert len(log_of(tmp_path / str(step))) == len(log_of(tmp_path / "whole"))
+
+
+def test_videos_without_labels_train_too(clips, tmp_path):
+    main(*VICMAE, "--data", clips / "train", "--out", tmp_path / "run", program=vicmae)
+    assert not (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "encoder.pt").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -2687,6 +2970,19 @@ BAD_REFINER = [
     (["--batch", "16", "--queue", "8"], "--batch 16 is larger than the queue of 8"),
     (["--init", "wide.pt"], "wide.pt does not fit this model"),
 ]
+BAD_VICMAE = [
+    (["--methods", "vicmae,moco"], "--methods vicmae,moco: choose some of"),
+    (["--methods", "mae,mae"], "--methods mae,mae: choose some of"),
+    (["--pooling", "sum"], "--pooling sum: choose mean"),
+    (["--gap", "-2"], "--gap -2: choose"),
+    (["--temperature", "0"], "--temperature 0: choose"),
+    (["--crop_min", "0"], "--crop_min 0: fractions"),
+    (["--data", "no/such"], "--data no/such: no such folder"),
+    (["--data", "empty"], "--data empty: no folders of frames"),
+    (["--images", "flat"], "--data flat: labels are needed"),
+    (["--images", "no_val"], "--images no_val: there is no val/"),
+    (["--init", "wide.pt"], "wide.pt does not fit this model"),
+]
 BAD_EVAL = [
     (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
     (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
@@ -2709,6 +3005,8 @@ BAD_EVAL = [
 
 BAD_INPUT = [(mae_ct, *c) for c in BAD] + [(protocols, *c) for c in BAD_EVAL]
 BAD_INPUT += [(mim_refiner, [*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER]
+
+BAD_INPUT += [(vicmae, [*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE]
 
 
 @pytest.fixture
