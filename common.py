@@ -782,13 +782,13 @@ class Videos(Images):
             clip = VideoDecoder(str(path), num_ffmpeg_threads=1)
             length = len(clip)
         except (RuntimeError, ValueError) as e:
-            raise OSError(f"no readable video ({str(e).splitlines()[0]})") from e
+            raise OSError(f"no readable video ({str(e).splitlines()[0].split(', ')[-1]})") from e
 
         def read(frame):
             try:
                 return Image.fromarray(clip[frame].permute(1, 2, 0).numpy())
             except (RuntimeError, IndexError) as e:
-                raise OSError(f"frame {frame} is not readable ({str(e).splitlines()[0]})") from e
+                raise OSError(f"frame {frame} is not readable ({str(e).splitlines()[0].split(', ')[-1]})") from e
 
         return length, read
 
@@ -1712,9 +1712,9 @@ class Run:
         """Prints the table of results.json, one row a stage."""
         if self.results:
             columns = [c for c, v in next(iter(self.results.values())).items() if not isinstance(v, list)]
-            print0("".join(f"{c:>13}" for c in [""] + columns))
+            print0("".join(f"{c:>15}" for c in [""] + columns))
             for name, row in self.results.items():
-                print0(f"{name:>13}" + "".join(f"{row[c]:13.1f}" for c in columns))
+                print0(f"{name:>15}" + "".join(f"{row[c]:15.1f}" for c in columns))
         if not self.settings.cost:
             print0(f"everything is in {self.folder}")
 

@@ -2709,7 +2709,7 @@ def test_vicmae_leaves_its_files_and_resumes_to_the_same(folders, clips, tmp_pat
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert list(results) == ["mae", "vicmae"]
     for row in results.values():
-        assert row.keys() >= {"knn", "probe", "knn_cls", "probe_cls", "video_labels"}
+        assert row.keys() >= {"knn", "probe", "knn_cls", "probe_cls", "video_object"}
     for step in (4, 8):
         break_at(step, *flags, "--out", tmp_path / str(step), program=vicmae)
         main("--out", tmp_path / str(step), "--resume", program=vicmae)

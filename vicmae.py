@@ -31,7 +31,7 @@ from common import (
     BatchNorm, Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
     check_batch, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize, nt_xent,
     parameter_groups, parse_settings, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes, uniform,
-    warmup_cosine,
+    warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
@@ -82,7 +82,7 @@ def presets(given):
     """Field values for the flags given: the built-in run; under --cost the step of the later epochs."""
     row = dict(SHAPES) if given.get("data", "moving_shapes") == "moving_shapes" else {}
     if row and given.get("short"):
-        row |= dict(epochs=30, warmup_epochs=3, contrast_from=7.5)
+        row |= dict(epochs=20, warmup_epochs=2, contrast_from=5)
     if given.get("cost"):
         row |= dict(contrast_from=0)
     return row
@@ -228,18 +228,21 @@ def report(run, name, encoder, images, videos, frames=4):
     if videos:
         of_clips = lambda v: features(encoder, v.stills(frames), *where)[0].unflatten(0, (len(v), frames)).mean(1)
         x, test_x = map(of_clips, videos)
-        for label in ["labels"] + ["motions"] * (videos[0].motions is not None):
-            y, test_y = (getattr(v, label).to(run.device) for v in videos)
-            values[f"video_{label}"] = cached_probe(x, y, test_x, test_y)["probe"]
+        for name, of in ("video_object", "labels"), ("video_motion", "motions"):
+            if getattr(videos[0], of) is not None:
+                y, test_y = (getattr(v, of).to(run.device) for v in videos)
+                values[name] = cached_probe(x, y, test_x, test_y)["probe"]
     if values:
         run.report(name, values)
 
 
 @torch.no_grad()
-def picture_pairs(path, encoder, decoder, videos, s, device):
+def picture_pairs(path, encoder, decoder, videos, run):
     """Eight pairs of frames, what the encoder sees of them, and the decoder's reconstructions."""
-    data = next(batches(videos, [View(s.image_size, (1.0, 1.0), flip=False)] * 2, min(8, len(videos)), 0, 1, s.seed, device, 0, {}))
-    noise = uniform((s.seed, "picture"), data.rows, 2, math.prod(encoder.grid), device=device)
+    s, views = run.settings, [View(run.settings.image_size, (1.0, 1.0), flip=False)] * 2
+    count = min(8, len(videos) // world()) * world()  # this rank's part of it is drawn
+    data = next(batches(videos, views, count, 0, 1, s.seed, run.device, 0, run.skipped))
+    noise = uniform((s.seed, "picture"), data.rows, 2, math.prod(encoder.grid), device=run.device)
     rows = []
     for frame, view, n in zip("ij", data.views, noise.unbind(1)):
         x = augment(view)
@@ -304,7 +307,7 @@ def main(argv):
         if path.exists():  # of a run that is resumed after this stage
             init_encoder(encoder, path)
         elif rank() == 0:
-            picture_pairs(run.folder / f"{method}.png", encoder, decoder, train, s, device)
+            picture_pairs(run.folder / f"{method}.png", encoder, decoder, train, run)
             save_encoder(path, encoder)
         if method not in run.results:
             report(run, method, encoder, images, videos)
