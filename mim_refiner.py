@@ -352,9 +352,10 @@ def prepare(argv):
         init_encoder(encoder, s.init)
     if s.local_views and s.local_size % encoder.patch_size:
         raise InputError(f"--local_size {s.local_size} is not divisible by the patch size {encoder.patch_size}")
-    blocks = [int(b) for b in re.findall(r"\d+", s.head_blocks)] or list(range(encoder.depth + 1 - s.heads, encoder.depth + 1))
-    if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] > encoder.depth:
-        raise InputError(f"heads behind blocks {blocks}: rising numbers from 1 to {encoder.depth} are expected for {s.model}")
+    depth = encoder.depth
+    blocks = [int(b) for b in re.findall(r"\d+", s.head_blocks)] or list(range(depth + 1 - s.heads, depth + 1))
+    if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] > depth:
+        raise InputError(f"heads behind blocks {blocks}: rising numbers from 1 to {depth} are expected for {s.model}")
     if not 0 <= s.frozen < blocks[-1]:
         raise InputError(f"--frozen {s.frozen}: the last head sits behind block {blocks[-1]}, nothing would be tuned")
     if not 1 <= s.k <= s.queue:
@@ -382,8 +383,9 @@ def main(argv):
     if val and s.mim not in run.results:
         report(run, s.mim, encoder, train, val)
 
-    contrast(run, "heads", encoder, heads, blocks, train, val, epochs=s.head_epochs, lr=s.head_lr, frozen=encoder.depth, k=1)
-    encoder = contrast(run, "refine", encoder, heads, blocks, train, val, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
+    both = (encoder, heads, blocks, train, val)
+    contrast(run, "heads", *both, epochs=s.head_epochs, lr=s.head_lr, frozen=encoder.depth, k=1)
+    encoder = contrast(run, "refine", *both, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
     if rank() == 0:
         save_encoder(run.folder / "encoder.pt", encoder)
     if val and "mim_refiner" not in run.results:

@@ -206,7 +206,8 @@ def pretrain(run, method, f, decoder, branch, videos):
             loss = contrast(y_i, y_j)
             return weight * loss, loss.detach()
 
-        loss, negative = backward(encode, objective if weight else None, (torch.stack(x, 1), noise), s.micro_batch, run.precision)
+        inputs = (torch.stack(x, 1), noise)
+        loss, negative = backward(encode, objective if weight else None, inputs, s.micro_batch, run.precision)
         factor = warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch)
         run.optimize(optimizer, loss, dict(contrast=negative) if weight else {}, factor)
 
@@ -282,7 +283,7 @@ def prepare(argv):
     if not 0 < s.temperature < math.inf:
         raise InputError(f"--temperature {s.temperature:g}: choose a number above 0")
     if not 0 < s.mask_ratio < 1 or not 0 < s.crop_min <= 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio:g}, --crop_min {s.crop_min:g}: fractions above 0 are expected, the first below 1")
+        raise InputError(f"--mask_ratio {s.mask_ratio:g}, --crop_min {s.crop_min:g}: fractions above 0 and below 1 are expected")
     device = start()
     models(s, methods[0])
     train, val = load_splits(s.data, val=not s.cost, load=load_videos)
