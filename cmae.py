@@ -91,8 +91,8 @@ COLOUR = Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, stages="mae,cmae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    epochs=20, batch=256, lr=2e-3, warmup_epochs=2, shift=8, head_hidden=512, head_dim=128, ema=0.99,
-    finetune_epochs=8, finetune_lr=1e-3, finetune_batch=256,
+    epochs=20, batch=128, lr=2e-3, warmup_epochs=2, shift=8, head_hidden=512, head_dim=128, ema=0.99,
+    finetune_epochs=4, finetune_lr=1e-2, finetune_batch=128,  # chosen on MAE's encoder alone
 )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def presets(given):
     if given.get("data", "shapes") == "shapes":
         row |= SHAPES
         if given.get("short"):
-            row |= dict(epochs=4, warmup_epochs=1, finetune_epochs=2)
+            row |= dict(epochs=4, warmup_epochs=1, finetune_epochs=1)
     return row
 
 
