@@ -232,12 +232,12 @@ def pretrain(run, stage, online, target, images, lambda_c):
     for data in run.steps(stage, images, views, s.batch, s.epochs, state):
         key = (s.seed, stage, run.step)
         noise = uniform((*key, "mask"), data.rows, patches // s.mask_block**2, device=run.device)
-        noise_s, x_t, noise_t = block_noise(noise, F_s.grid, s.mask_block), None, None
+        noise_s = block_noise(noise, F_s.grid, s.mask_block)
         if lambda_c:
             x_s, x_t = make_views(data, s, p, key, run.device)
             noise_t = uniform((*key, "target mask"), data.rows, patches, device=run.device)
         else:
-            x_s = augment(data.views[0])
+            x_s, x_t, noise_t = augment(data.views[0]), None, None
         inputs = (x_s, x_t, noise_s, noise_t)
         loss, log = backward(encode, objective if lambda_c else None, inputs, s.micro_batch, run.precision)
         if run.optimize(optimizer, loss, log, warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch)):
@@ -321,7 +321,7 @@ def main(argv):
         if val and stage not in run.results:
             tuned = finetune(online.F_s, train, val, 1, s.finetune_epochs, s.finetune_lr, device, run.precision,
                              run.workers, s.finetune_batch)  # fmt: skip
-            run.report(stage, dict(finetune=tuned["finetune"]) | evaluate(online.F_s, train, val, run))
+            run.report(stage, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
     if rank() == 0:
         picture(run.folder / "views.png", online, val or train, s, device)
     run.close()

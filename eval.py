@@ -24,9 +24,9 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, Parser, View, adamw, augment, average_gradients, backward, batches, check_batch,
-    decode, gather, launch, load_encoder, load_splits, parameter_groups, precision_of, print0, promote, rank, save_file,
-    set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
+    check_batch, decode, gather, launch, load_encoder, load_splits, parameter_groups, precision_of, print0, promote,
+    rank, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -441,7 +441,7 @@ def run_cluster(args, encoder, train, val, device, precision):
 def run_finetune(args, encoder, train, val, device, precision):
     """Subcommand finetune."""
     batch = min(args.batch, len(train))
-    check_batch(argparse.Namespace(data=args.data, micro_batch=0), train, batch)
+    check_batch(RunSettings(data=args.data), train, batch)
     return finetune(encoder, train, val, args.blocks, args.epochs, args.lr, device, precision, args.workers, batch)
 
 
