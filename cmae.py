@@ -162,18 +162,19 @@ def pixel_shift(master, size, p, noise):
     return master[:, :, :size, :size], I_t.permute(0, 3, 1, 2)
 
 
-def views_of(s, p):
+def views_of(s):
     """What is cropped from each image: a master crop, or two crops (Table 4b)."""
     scale = (s.scale_min, 1.0)
-    return [View(s.image_size, scale)] * 2 if s.random_crops else [View(s.image_size + p, scale)]
+    return [View(s.image_size, scale)] * 2 if s.random_crops else [View(s.image_size + s.shift, scale)]
 
 
-def make_views(data, s, p, key, device):
+def make_views(data, s, key, device):
     """Standardised online and target views (x_s, x_t), both [N, 3, S, S]; colours on x_t alone."""
     if s.random_crops:
         I_s, I_t = data.views
     else:
-        I_s, I_t = pixel_shift(data.views[0], s.image_size, p, uniform((*key, "shift"), data.rows, 2, device=device))
+        noise = uniform((*key, "shift"), data.rows, 2, device=device)
+        I_s, I_t = pixel_shift(data.views[0], s.image_size, s.shift, noise)
     return augment(I_s), augment(I_t, COLOUR if s.colour else None, uniform((*key, "colour"), data.rows, 13))
 
 
@@ -207,8 +208,7 @@ def contrastive_loss(y_p, z_p, temperature, loss="infonce"):
 def pretrain(run, stage, online, target, images, lambda_c):
     """Section 3. With lambda_c = 0 it is MAE: one crop an image, and the target side is never computed."""
     s, F_s = run.settings, online.F_s
-    p = s.shift if lambda_c else 0
-    views = views_of(s, p) if lambda_c else [View(s.image_size, (s.scale_min, 1.0))]
+    views = views_of(s) if lambda_c else [View(s.image_size, (s.scale_min, 1.0))]
     patches = math.prod(F_s.grid)
     optimizer = adamw(parameter_groups(online, s.lr * s.batch / 256, s.weight_decay))  # 4.1
     state = dict(online=online, target=target, optimizer=optimizer)
@@ -227,14 +227,14 @@ def pretrain(run, stage, online, target, images, lambda_c):
         with torch.no_grad():
             z_p = target.projector(z_t)
         L_c = contrastive_loss(y_p, z_p, s.temperature, s.loss)
-        return lambda_c * L_c, dict(contrast=L_c)  # Eq. 8: `backward` adds L_r
+        return lambda_c * L_c, dict(contrast=L_c.detach())  # Eq. 8: `backward` adds L_r
 
     for data in run.steps(stage, images, views, s.batch, s.epochs, state):
         key = (s.seed, stage, run.step)
         noise = uniform((*key, "mask"), data.rows, patches // s.mask_block**2, device=run.device)
         noise_s = block_noise(noise, F_s.grid, s.mask_block)
         if lambda_c:
-            x_s, x_t = make_views(data, s, p, key, run.device)
+            x_s, x_t = make_views(data, s, key, run.device)
             noise_t = uniform((*key, "target mask"), data.rows, patches, device=run.device)
         else:
             x_s, x_t, noise_t = augment(data.views[0]), None, None
@@ -252,8 +252,8 @@ def pretrain(run, stage, online, target, images, lambda_c):
 def picture(path, online, images, s, device):
     """Eight images: the master crop, both views, what the online encoder sees, the pixel decoder's reconstruction."""
     n, key = min(8, len(images)), (s.seed, "picture")
-    data = next(batches(images, views_of(s, s.shift), n, 0, 1, s.seed, device, 0, {}))
-    x_s, x_t = make_views(data, s, s.shift, key, device)
+    data = next(batches(images, views_of(s), n, 0, 1, s.seed, device, 0, {}))
+    x_s, x_t = make_views(data, s, key, device)
     noise = uniform((*key, "mask"), data.rows, math.prod(online.F_s.grid) // s.mask_block**2, device=device)
     noise = block_noise(noise, online.F_s.grid, s.mask_block)
     masked, restored = reconstruct(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix)

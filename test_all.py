@@ -2103,12 +2103,12 @@ def test_views_share_their_crop_and_only_the_targets_colours_change():
     images, key = tiny_images(64), (0, "key")
     for random_crops in (False, True):
         s = cmae_settings(random_crops=random_crops)
-        views = cmae.views_of(s, s.shift)
+        views = cmae.views_of(s)
         assert [v.size for v in views] == ([16, 16] if random_crops else [20])
         assert all(v.scale == (0.2, 1) and v.flip for v in views)
         data = next(common.batches(images, views, 64, 0, 1, 0, CPU, 0, {}))
-        x_s, x_t = cmae.make_views(data, s, s.shift, key, CPU)
-        plain = cmae.make_views(data, cmae_settings(random_crops=random_crops, colour=False), s.shift, key, CPU)
+        x_s, x_t = cmae.make_views(data, s, key, CPU)
+        plain = cmae.make_views(data, cmae_settings(random_crops=random_crops, colour=False), key, CPU)
         if random_crops:
             cuts = data.views
         else:
