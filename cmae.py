@@ -13,7 +13,7 @@ random crops would have too little in common. Colours change for the momentum en
 
 Easy to get wrong:
   - The shift r lies in [0, p): with p = 32 it is at most 31, and the master crop is 32 pixels larger than a view (3.2).
-  - Colours touch the target view alone, never what is to be reconstructed; the flip is the master crop's: of both views.
+  - Colours touch the target view alone, never what is reconstructed; the flip is the master crop's, so of both views.
   - The target feature is the mean of the last block's patch tokens: no [CLS], no final norm (authors' code).
   - The feature decoder ends in the encoder's width, whatever the patch size, and its mean runs over all tokens (Eq. 4),
     visible ones included.

@@ -2148,8 +2148,8 @@ def test_the_contrastive_loss_is_eq_6_and_7():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(random_crops=True, colour=False, feature_depth=0, target_mask_ratio=0.5), dict(loss="byol", mask_block=2),
-    dict(share_decoder=True, lambda_c=0.3, mask_ratio=0.5),
+    dict(), dict(random_crops=True, colour=False, feature_depth=0, target_mask_ratio=0.5),
+    dict(loss="byol", mask_block=2), dict(share_decoder=True, lambda_c=0.3, mask_ratio=0.5),
 ])  # fmt: skip
 def test_the_loop_is_section_3(tmp_path, changes):
     s = cmae_settings(out=str(tmp_path / "run"), **changes)
@@ -2345,8 +2345,8 @@ def test_encoders_of_either_stem_are_read_as_what_they_are(tmp_path):
         timm_vit(hybrid.state_dict())
 
 
-CMAE_TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --batch 8 --shift 4
-    --head_hidden 16 --head_dim 8 --epochs 3 --warmup_epochs 1 --finetune_epochs 2 --finetune_batch 8
+CMAE_TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --batch 8
+    --shift 4 --head_hidden 16 --head_dim 8 --epochs 3 --warmup_epochs 1 --finetune_epochs 2 --finetune_batch 8
     --precision float32 --workers 0""".split()
 
 
