@@ -2305,19 +2305,24 @@ def test_no_pixel_of_a_removed_patch_reaches_a_visible_token_of_the_convolutiona
         assert error(encoder(x[n : n + 1], ids[n : n + 1]), encoder(x, ids)[n : n + 1]) < 1e-12
 
 
-def test_the_convolutional_stem_is_that_of_plain_modules():
-    stem, x = conv_vit().patch_embed, normal(2, 3, 32, 32)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_zeroed_before_each(masked):
+    stem, x, ids = conv_vit().patch_embed, normal(2, 3, 32, 32), normal(2, 16).argsort(1)[:, :6]
+    visible = torch.zeros(2, 16).double().scatter(1, ids, 1) if masked else torch.ones(2, 16).double()
+    hide = lambda x: x * torch.kron(visible.view(2, 1, 4, 4), torch.ones(x.shape[2] // 4, x.shape[3] // 4).double())
     layer_norm = lambda x, m: F.layer_norm(x.movedim(1, -1), m.normalized_shape, m.weight, m.bias, 1e-6).movedim(-1, 1)
     linear = lambda x, m: F.conv2d(x, m.weight[:, :, None, None], m.bias)  # at each position
     for i, down in enumerate(stem.down):
-        x = F.gelu(layer_norm(F.conv2d(x, down.weight, down.bias, stride=down.kernel_size), stem.norms[i]))
+        x = F.gelu(layer_norm(F.conv2d(hide(x), down.weight, down.bias, stride=down.kernel_size), stem.norms[i]))
         for block in stem.stages[i] if i < 2 else []:
             a = linear(layer_norm(x, block.norm1), block.fc)
-            x = x + linear(F.conv2d(a, block.conv.weight, block.conv.bias, padding=2, groups=a.shape[1]), block.proj)
+            a = F.conv2d(hide(a), block.conv.weight, block.conv.bias, padding=2, groups=a.shape[1])
+            x = x + linear(a, block.proj)
             x = x + linear(F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
     x = linear(x, stem.fc)
     assert [d.kernel_size for d in stem.down] == [(2, 2)] * 3 and [len(s) for s in stem.stages] == [2, 2]
-    assert error(stem(normal(2, 3, 32, 32)), x.flatten(2).transpose(1, 2)) < 1e-10
+    found = stem(normal(2, 3, 32, 32), ids if masked else None)
+    assert error(found, x.flatten(2).transpose(1, 2)) < 1e-10
 
 
 @pytest.mark.parametrize("model", ["vit_s16", "vit_b16", "vit_l16", "vit_h16"])
