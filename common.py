@@ -287,8 +287,60 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x, ids_keep=None):
+        return self.proj(x).flatten(2).transpose(1, 2)  # no patch sees another: removed ones need no care
+
+
+class ConvBlock(nn.Module):
+    """A transformer block with a 5 x 5 convolution, channel by channel, in the place of attention (ConvMAE):
+    [N, h, w, C] → [N, h, w, C]. `hide` zeroes the removed patches of [N, C, h, w]."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x, hide):
+        a = self.fc(self.norm1(x)).permute(0, 3, 1, 2)
+        x = x + self.proj(self.conv(hide(a)).permute(0, 2, 3, 1))
+        return x + self.mlp(self.norm2(x))
+
+
+class ConvStem(nn.Module):
+    """Image [N, 3, H, W] → patches [N, L, D] by convolutions in three layers (ConvMAE, arXiv 2205.03892; CMAE 4.1).
+
+    Two stages of a strided convolution and two blocks, D/3 and D/2 wide, on grids four times and twice as fine as that
+    of the patches, then a third strided convolution and a linear. About 11 D² parameters, a transformer block has
+    12 D²: `build_vit` leaves one of those out. Removed patches (`ids_keep` [N, K] stay) are zeroed before every
+    convolution, and every norm is of one position: no pixel of theirs reaches a visible patch.
+    """
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        if patch_size % 4:
+            raise InputError(f"a convolutional stem needs a patch size divisible by 4, not {patch_size}")
+        widths, strides = (8 * round(dim / 24), dim // 2, dim), (patch_size // 4, 2, 2)
+        self.down = nn.ModuleList(nn.Conv2d(i, o, k, k) for i, o, k in zip((3, *widths), widths, strides))
+        self.norms = nn.ModuleList(nn.LayerNorm(w, eps=1e-6) for w in widths)
+        self.stages = nn.ModuleList(nn.ModuleList(ConvBlock(w) for _ in range(2)) for w in widths[:2])
+        self.fc = nn.Linear(dim, dim)
+        self.patch_size = patch_size
+
+    def forward(self, x, ids_keep=None):
+        visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        if ids_keep is not None:
+            visible = torch.zeros_like(visible).flatten(1).scatter(1, ids_keep, 1.0).view_as(visible)
+        hide = lambda x: x * F.interpolate(visible, x.shape[2:]).to(x.dtype)  # [N, C, h, w], each patch k x k positions
+        for down, norm, blocks in zip(self.down, self.norms, (*self.stages, [])):
+            x = F.gelu(norm(down(hide(x)).permute(0, 2, 3, 1)))  # [N, h, w, C]
+            for block in blocks:
+                x = block(x, hide)
+            x = x.permute(0, 3, 1, 2)
+        return self.fc(x.flatten(2).transpose(1, 2))
 
 
 class ViT(nn.Module):
@@ -301,21 +353,22 @@ class ViT(nn.Module):
         image_size, patch_size: sides in pixels; patch_size divides image_size.
         dim, depth, heads: width, number of blocks, attention heads.
         pool: what `pooled` returns, "cls" or "mean" (of the patch tokens).
+        stem: "patch", or "conv" for the hybrid of ConvMAE and CMAE 4.1 (`ConvStem`).
     Raises:
         InputError: sizes that do not divide.
     """
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls"):
+    def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls", stem="patch"):
         super().__init__()
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is not divisible by the patch size {patch_size}")
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
-        self.config |= dict(post_norm=post_norm, pool=pool)
+        self.config |= dict(post_norm=post_norm, pool=pool, stem=stem)
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
         self.grid = (image_size // patch_size,) * 2
         self.frozen = 0
         self.checkpoint_blocks = False  # recompute each block's activations in the backward pass instead of keeping them
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = {"patch": PatchEmbed, "conv": ConvStem}[stem](patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
         self.embed_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else nn.Identity()
@@ -344,7 +397,7 @@ class ViT(nn.Module):
         """Image [N, 3, H, W] → tokens [N, 1 + K, D] of the kept patches, positions added, [CLS] (zero position) first."""
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         positions = resize_positions(self.pos_embed, self.grid, grid)
-        tokens = self.patch_embed(x) + positions[:, 1:]  # [N, L, D]
+        tokens = self.patch_embed(x, ids_keep) + positions[:, 1:]  # [N, L, D]
         if ids_keep is not None:
             tokens = take(tokens, ids_keep)  # [N, K, D]
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -378,26 +431,28 @@ class ViT(nn.Module):
 
 
 def init_weights(module):
-    """MAE's initialisation: xavier-uniform matrices (the patch projection seen as one), zero biases of linears,
+    """MAE's initialisation: xavier-uniform matrices (convolutions seen as such), zero biases of linears,
     normal(0.02) for [CLS] and mask tokens."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
             nn.init.zeros_(m.bias)
-        elif isinstance(m, PatchEmbed):
-            nn.init.xavier_uniform_(m.proj.weight.view(len(m.proj.weight), -1))
+        elif isinstance(m, nn.Conv2d):
+            nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     for name, p in module.named_parameters(recurse=False):
         if name in ("cls_token", "mask_token"):
             nn.init.normal_(p, std=0.02)
 
 
-def build_vit(name, image_size, pool="cls", post_norm=False):
-    """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4."""
+def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch"):
+    """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
+    With the stem "conv" it has one block less, and so as many parameters."""
     match = re.fullmatch(r"vit_(\D+|2b)(\d+)", name)
     if not match or match[1] not in VIT_SIZES:
         known = ", ".join(VIT_SIZES)
         raise InputError(f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
-    return ViT(image_size, int(match[2]), *VIT_SIZES[match[1]], post_norm=post_norm, pool=pool)
+    dim, depth, heads = VIT_SIZES[match[1]]
+    return ViT(image_size, int(match[2]), dim, depth - (stem == "conv"), heads, post_norm, pool, stem)
 
 
 def drop_path(rate, noise):
@@ -648,7 +703,8 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
         with autocast():
             loss, aux = objective(*features)
         loss.backward()
-        gradients = list(zip(*[f.grad.split(micro_batch) for f in features]))
+        gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]  # None: a target's feature
+        gradients = list(zip(*[g.split(micro_batch) for g in gradients]))
     loss = loss.detach()
     for chunk, gradient in zip(chunks, gradients):
         with autocast():
@@ -1939,7 +1995,7 @@ def save_encoder(path, encoder, **info):
     "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
     last block belongs to the feature) and stem, besides `info`.
     """
-    config = encoder.config | dict(final_norm=not encoder.config["post_norm"], stem="patch") | info
+    config = encoder.config | dict(final_norm=not encoder.config["post_norm"]) | info
     save_file(path, dict(model=encoder.state_dict(), encoder=config))
 
 
@@ -1968,12 +2024,14 @@ def read_encoder(path):
             if old:
                 renamed[DATA2VEC_NAMES[old] + key.removeprefix(old)] = value
         state = renamed
-    names = r"(cls_token|pos_embed|patch_embed\.proj|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
+    names = r"(cls_token|pos_embed|patch_embed\.(proj|down|norms|stages|fc)|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
     state = {k: v for k, v in state.items() if re.match(names, k)}
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+    stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
+    first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
+    if first not in state or "pos_embed" not in state:
         raise InputError(f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
     own = content.get("encoder") if isinstance(content.get("encoder"), dict) else {}
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    dim, patch = state["pos_embed"].shape[-1], state[first].shape[-1] * (4 if stem == "conv" else 1)
     if math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]:  # no row for [CLS]
         state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], 1)
     if not own and dim not in HEADS_OF_WIDTH:
@@ -1986,6 +2044,7 @@ def read_encoder(path):
         heads=own.get("heads") or HEADS_OF_WIDTH[dim],
         post_norm=any(k.startswith("post_blocks.") for k in state),
         pool=own.get("pool", "cls"),
+        stem=stem,
     )
     return state, config
 

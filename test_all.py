@@ -44,6 +44,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+import cmae
 import common
 import eval as protocols
 import mae_ct
@@ -193,12 +194,16 @@ def views_in(dtype):
     """Inside, the training loops get their augmented views in `dtype`."""
     real = common.augment
     cast = lambda *args: real(*args).to(dtype)
-    with mock.patch.object(common, "augment", cast), mock.patch.object(mae_ct, "augment", cast):
+    with contextlib.ExitStack() as stack:
+        for module in (common, mae_ct, cmae):
+            stack.enter_context(mock.patch.object(module, "augment", cast))
         yield
 
 
 def step_outcome(stage, micro_batch, folder, dtype=torch.float64, **changes):
-    """Two steps of a stage, by the paper's own loop."""
+    """Two steps of a stage, by the paper's own loop: losses, gradients, and what else it changes as `state`."""
+    if stage == "cmae":
+        return cmae_outcome(micro_batch, folder, dtype, **changes)
     s = tiny_settings(micro_batch=micro_batch, out=str(folder / f"{stage}{micro_batch}{dtype}"), **changes)
     encoder, decoder, head = tiny_models(s, dtype)
     with views_in(dtype), contextlib.redirect_stdout(io.StringIO()):
@@ -213,8 +218,7 @@ def step_outcome(stage, micro_batch, folder, dtype=torch.float64, **changes):
             frozen = 3 if stage == "head" else 1
             mae_ct.contrastive(run, stage, encoder, head, tiny_images(), epochs=1, lr=1e-3, head_lr=1e-3, frozen=frozen,
                                temperature=0.2, k=4, projector_ema=0.5)  # fmt: skip
-    queue = {k: v for k, v in head.Q.named_buffers()}
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, queue=queue)
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=dict(head.Q.named_buffers()))
 
 
 STEPS = {
@@ -223,6 +227,9 @@ STEPS = {
     "head": dict(),
     "ct": dict(ct_mask_ratio=0.5),
     "ct float32": dict(ct_mask_ratio=0.5, aug=True, dtype=torch.float32),
+    "cmae": dict(),
+    "cmae conv": dict(stem="conv", random_crops=True, target_mask_ratio=0.5, share_decoder=True),
+    "cmae float32": dict(loss="byol", mask_block=2, dtype=torch.float32),
 }
 
 
@@ -245,7 +252,7 @@ def refiner_outcome(micro_batch, folder, dtype=torch.float64, frozen=1, **change
         run = Recorder(s, CPU)
         mim_refiner.contrast(run, "refine", encoder.to(dtype), heads.to(dtype), [2, 3], tiny_images(), None, epochs=1,
                              lr=1e-3, frozen=frozen, k=4)  # fmt: skip
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, queue=dict(heads.Q.named_buffers()))
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=dict(heads.Q.named_buffers()))
 
 
 REFINER_STEPS = {
@@ -280,7 +287,7 @@ def vicmae_outcome(micro_batch, folder, dtype=torch.float64, method="vicmae", **
     with mock.patch.object(vicmae, "augment", lambda *args: real(*args).to(dtype)):
         run = Recorder(s, CPU)
         vicmae.pretrain(run, method, *modules, tiny_videos())
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients)
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state={})
 
 
 VICMAE_STEPS = {
@@ -319,6 +326,8 @@ def outcomes(folder):
     loss = common.nt_xent(*z, 0.2)
     loss.backward()
     found["nt_xent"] = dict(loss=loss.detach(), gradients=[v.grad / common.world() for v in z])
+    images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
+    found["finetune"] = protocols.finetune(encoder, images, images, 1, 5, 2.0, CPU, batch=8)
     with contextlib.redirect_stdout(io.StringIO()):
         for micro_batch in (0, 2):
             for name, changes in STEPS.items():
@@ -397,10 +406,9 @@ def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name
         assert error(other["losses"][1], whole["losses"][1]) < later
         assert all_equal(other["gradients"][0], whole["gradients"][0], tolerance)
         assert all_equal(other["gradients"][1], whole["gradients"][1], later)
-        if "queue" not in whole:
-            continue
-        assert error(other["queue"]["embeddings"], whole["queue"]["embeddings"]) < later
-        assert all(torch.equal(other["queue"][k], whole["queue"][k]) for k in ("indices", "labels", "cursor"))
+        for key, value in whole["state"].items():
+            same = error(other["state"][key], value) < later if value.is_floating_point() else None
+            assert torch.equal(other["state"][key], value) if same is None else same, key
 
 
 def test_nt_xent_over_two_ranks_is_that_of_all_rows(two):
@@ -421,8 +429,9 @@ def test_two_processes_evaluate_as_one(two, name):
     assert all(error(found[name], two[0][name]) < 1e-5 for found in two[1])
 
 
-def test_knn_over_two_processes_is_that_of_one(two):
-    assert two[1][0]["knn"] == two[1][1]["knn"] == two[0]["knn"]
+@pytest.mark.parametrize("name", ["knn", "finetune"])
+def test_accuracy_over_two_processes_is_that_of_one(two, name):
+    assert two[1][0][name] == two[1][1][name] == two[0][name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -880,7 +889,8 @@ def torch_head(head):
         if isinstance(layer, nn.Linear):
             layers.append(nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None))
         else:
-            layers.append(nn.BatchNorm1d(len(layer.weight)) if isinstance(layer, common.BatchNorm) else nn.ReLU())
+            norm = isinstance(layer, common.BatchNorm)
+            layers.append(nn.BatchNorm1d(len(layer.weight), eps=layer.eps) if norm else nn.ReLU())
     reference = nn.Sequential(*layers).double()
     assert not reference.load_state_dict(head.state_dict(), strict=False).unexpected_keys
     return reference
@@ -2721,6 +2731,350 @@ def test_vicmae_leaves_its_files_and_resumes_to_the_same(folders, clips, tmp_pat
 def test_videos_without_labels_train_too(clips, tmp_path):
     main(*VICMAE, "--data", clips / "train", "--out", tmp_path / "run", program=vicmae)
     assert not (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "encoder.pt").exists()
+# ----------------------------------------------------------------------------------------------------------- CMAE
+
+
+def cmae_settings(**changes):
+    """16 patches of 4 x 4 pixels, shifts of 0 to 3 pixels."""
+    given = dict(model="vit_nano4", image_size=16, batch=8, epochs=1, lr=1e-2, warmup_epochs=0, shift=4, ema=0.9,
+                 decoder_dim=16, decoder_depth=3, decoder_heads=2, head_hidden=16, head_dim=8, workers=0,
+                 precision="float32", seed=3)  # fmt: skip
+    return cmae.Settings(**(given | changes))
+
+
+def cmae_models(s, dtype=torch.float64):
+    torch.manual_seed(0)
+    sizes = {"nano": (16, 3, 2)}
+    with mock.patch.object(common, "VIT_SIZES", sizes):
+        online = randomized(cmae.Online(s)).to(dtype)
+    return online, cmae.Target(online)
+
+
+def cmae_outcome(micro_batch, folder, dtype=torch.float64, **changes):
+    """Two steps of CMAE's loop."""
+    out = folder / "-".join(map(str, ["cmae", micro_batch, dtype, *changes.values()]))
+    s = cmae_settings(micro_batch=micro_batch, out=str(out), **changes)
+    online, target = cmae_models(s, dtype)
+    with views_in(dtype), contextlib.redirect_stdout(io.StringIO()):
+        run = Recorder(s, CPU)
+        cmae.pretrain(run, "cmae", online, target, tiny_images(), s.lambda_c)
+    state = dict(target=torch.cat([p.flatten() for p in target.parameters()]))
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=state)
+
+
+def test_cmae_settings_are_those_of_the_paper():
+    s = common.parse_settings(cmae.Settings, cmae.presets, ["--data", "folder"], cmae.__doc__)
+    assert (s.epochs, s.batch, s.lr, s.warmup_epochs, s.weight_decay) == (1600, 4096, 1.5e-4, 40, 0.05)  # 4.1, 4.6
+    assert (s.decoder_dim, s.decoder_depth, s.decoder_heads, s.mask_ratio, s.norm_pix) == (512, 8, 16, 0.75, True)
+    assert (s.feature_depth, s.share_decoder, s.target_mask_ratio, s.shift) == (2, False, 0, 32)  # Tables 4c, 4e, 3.2
+    assert (s.temperature, s.lambda_c, s.ema, s.loss) == (0.07, 1, 0.996, "infonce")  # 3.1, 3.3
+    assert (s.stages, s.finetune_epochs, s.finetune_lr) == ("cmae", 100, 2.5e-4)  # 4.2
+    short = common.parse_settings(cmae.Settings, cmae.presets, ["--data", "folder", "--epochs", "300"], cmae.__doc__)
+    assert (short.epochs, short.finetune_lr) == (300, 5e-4)
+
+
+@pytest.mark.parametrize("p", [0, 1, 7, 32])
+def test_the_target_view_is_shifted_by_r_pixels_and_never_leaves_the_master_crop(p):
+    size, steps = 20, torch.linspace(0, 1 - 2**-24, 33)
+    noise = torch.cartesian_prod(steps, steps)  # both ends of [0, 1) too
+    row, column = torch.meshgrid(torch.arange(size + p), torch.arange(size + p), indexing="ij")
+    sample = torch.arange(len(noise))[:, None, None].expand(-1, size + p, size + p)
+    master = torch.stack([row.expand_as(sample), column.expand_as(sample), sample], 1)  # pixels that know their place
+    I_s, I_t = cmae.pixel_shift(master, size, p, noise)
+    assert torch.equal(I_s, master[:, :, :size, :size])
+    seen = set()
+    for n, (r_h, r_w) in enumerate((noise.double() * p).floor().long().tolist()):
+        assert torch.equal(I_t[n], master[n, :, r_h : r_h + size, r_w : r_w + size]), (r_h, r_w)
+        seen.add((r_h, r_w))
+    assert seen == set(itertools.product(range(max(p, 1)), repeat=2))  # every shift of [0, p) occurs here
+
+
+def test_views_share_their_crop_and_only_the_targets_colours_change():
+    images, key = tiny_images(64), (0, "key")
+    for random_crops in (False, True):
+        s = cmae_settings(random_crops=random_crops)
+        views = cmae.views_of(s)
+        assert [v.size for v in views] == ([16, 16] if random_crops else [20])
+        assert all(v.scale == (0.2, 1) and v.flip for v in views)
+        data = next(common.batches(images, views, 64, 0, 1, 0, CPU, 0, {}))
+        x_s, x_t = cmae.make_views(data, s, key, CPU)
+        plain = cmae.make_views(data, cmae_settings(random_crops=random_crops, colour=False), key, CPU)
+        if random_crops:
+            cuts = data.views
+        else:
+            cuts = cmae.pixel_shift(data.views[0], 16, 4, uniform((*key, "shift"), torch.arange(64), 2))
+        assert torch.equal(x_s, plain[0]) and torch.equal(x_s, common.augment(cuts[0]))
+        assert torch.equal(plain[1], common.augment(cuts[1]))
+        changed = (x_t != plain[1]).flatten(1).any(1).float().mean()
+        assert 0.8 < changed <= 1  # 1 - 0.2 * 0.8 * 0.5 = 0.92 in the mean
+    assert cmae.COLOUR == common.Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
+
+
+@pytest.mark.parametrize(
+    "grid, block, ratio, kept", [(14, 2, 0.65, 68), (6, 2, 0.65, 12), (6, 3, 0.5, 18), (4, 1, 0.75, 4)]
+)
+def test_masking_in_blocks_removes_whole_blocks(grid, block, ratio, kept):
+    noise = uniform((0,), torch.arange(50), grid * grid // block**2)
+    ids_keep, _, mask = common.random_masking(cmae.block_noise(noise, (grid, grid), block), ratio)
+    assert ids_keep.shape == (50, kept)
+    for n in range(50):
+        visible = {divmod(i // grid // block * grid + i % grid // block, grid) for i in ids_keep[n].tolist()}
+        assert len(visible) == kept // block**2  # blocks touched: none of them in part
+        most = max(noise[n, a * (grid // block) + b] for a, b in visible)
+        assert (noise[n] <= most).sum() == len(visible)  # and those of least noise
+        assert mask[n].sum() == grid * grid - kept
+
+
+def test_the_contrastive_loss_is_eq_6_and_7():
+    y, z = normal(6, 5), 3 * normal(6, 5, seed=1)
+    rho = [[(y[i] @ z[j] / y[i].norm() / z[j].norm()).item() for j in range(6)] for i in range(6)]
+    expected = 0
+    for i in range(6):
+        negatives = sum(math.exp(rho[i][j] / 0.07) for j in range(6) if j != i)
+        expected -= math.log(math.exp(rho[i][i] / 0.07) / (math.exp(rho[i][i] / 0.07) + negatives)) / 6
+    assert cmae.contrastive_loss(y, z, 0.07).item() == pytest.approx(expected, rel=1e-10)
+    distance = sum((y[i] / y[i].norm() - z[i] / z[i].norm()).square().sum().item() for i in range(6)) / 6
+    assert cmae.contrastive_loss(y, z, 0.07, "byol").item() == pytest.approx(distance, rel=1e-10)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(random_crops=True, colour=False, feature_depth=0, target_mask_ratio=0.5),
+    dict(loss="byol", mask_block=2), dict(share_decoder=True, lambda_c=0.3, mask_ratio=0.5),
+])  # fmt: skip
+def test_the_loop_is_section_3(tmp_path, changes):
+    s = cmae_settings(out=str(tmp_path / "run"), **changes)
+    images = tiny_images(8)  # an epoch is one step
+    s.epochs, s.warmup_epochs = 4, 1
+    online, target = cmae_models(s)
+    f, G_p, G_f = copy.deepcopy([online.F_s, online.G_p, online.G_f])
+    g, h = torch_head(online.projector), torch_head(online.predictor)
+    f_t, g_t = copy.deepcopy(f), copy.deepcopy(g)
+    starts, history = [p.clone() for m in (f, g) for p in m.parameters()], []
+    with views_in(torch.float64):
+        cmae.pretrain(common.Run(s, CPU), "cmae", online, target, images, s.lambda_c)
+
+    modules = nn.ModuleList([m for m in (f, G_p, G_f, g, h) if m is not None])
+    named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if p.ndim > 1 and "token" not in n]
+    rest = [p for n, p in named if p.ndim == 1 or "token" in n]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.05), dict(params=rest, weight_decay=0.0)],
+                                  betas=(0.9, 0.95))  # fmt: skip
+    views = [View(16)] * 2 if s.random_crops else [View(20)]
+    for step, data in enumerate(common.batches(images, views, 8, 0, 4, s.seed, CPU, 0, {})):
+        draw = lambda name, *shape: uniform((s.seed, "cmae", step, name), torch.arange(8), *shape)
+        I_s = data.views[0][:, :, :16, :16]
+        if s.random_crops:
+            I_t = data.views[1]
+        else:
+            r = (draw("shift", 2) * 4).long().tolist()
+            I_t = torch.stack([x[:, a : a + 16, b : b + 16] for x, (a, b) in zip(data.views[0], r)])
+        x_s = common.augment(I_s).double()
+        x_t = (common.augment(I_t, cmae.COLOUR, draw("colour", 13)) if s.colour else common.augment(I_t)).double()
+        noise = draw("mask", 16 // s.mask_block**2)
+        if s.mask_block == 2:
+            noise = noise.view(8, 2, 1, 2, 1).expand(8, 2, 2, 2, 2).reshape(8, 16)
+        ids, restore, mask = common.random_masking(noise, s.mask_ratio)
+        z_s = f(x_s, ids)
+        L_r = common.mae_loss(G_p(z_s, restore), x_s, mask).mean()
+        y_s = z_s[:, 1:].mean(1) if G_f is None else G_f(z_s, restore).mean(1)
+        tokens = f_t.embed(x_t)
+        if s.target_mask_ratio:
+            tokens = f_t.embed(x_t, draw("target mask", 16).argsort(1)[:, : int(16 * (1 - s.target_mask_ratio))])
+        for block in f_t.blocks:
+            tokens = block(tokens)
+        z_t = tokens[:, 1:].mean(1)  # no final norm
+        with torch.no_grad():
+            z_p = F.normalize(g_t(z_t), dim=1)
+        y_p = F.normalize(h(g(y_s)), dim=1)
+        if s.loss == "byol":
+            L_c = (y_p - z_p).square().sum(1).mean()
+        else:
+            L_c = F.cross_entropy(y_p @ z_p.T / 0.07, torch.arange(8))
+        optimizer.zero_grad()
+        (L_r + s.lambda_c * L_c).backward()
+        for group in optimizer.param_groups:  # 1 step of warm-up, 3 of cosine; lr x batch / 256
+            group["lr"] = 1e-2 * 8 / 256 * (1, 1, 0.75, 0.25)[step]
+        optimizer.step()
+        history.append([p.detach().clone() for m in (f, g) for p in m.parameters()])
+        for average, source in ((f_t, f), (g_t, g)):
+            for a, b in zip(average.parameters(), source.parameters()):
+                a.data = 0.9 * a.data + 0.1 * b.data
+
+    found = [online.F_s, online.G_p, online.G_f, online.projector, online.predictor]
+    for ours, reference in zip(found, (f, G_p, G_f, g, h)):
+        if reference is not None:
+            assert all_equal(list(ours.parameters()), list(reference.parameters()), 1e-8)
+    # theta_t after n steps: mu^n theta_0 + (1 - mu) sum_i mu^(n - i) theta_i, of the encoder and the projector
+    for i, p in enumerate([*target.F_t.parameters(), *target.projector.parameters()]):
+        expected = 0.9**4 * starts[i] + 0.1 * sum(0.9 ** (3 - step) * history[step][i] for step in range(4))
+        assert error(p, expected) < 1e-8 or (p - expected).abs().max() < 1e-10
+        assert p.grad is None and not p.requires_grad
+
+
+def test_no_gradient_reaches_the_target_side(tmp_path):
+    s = cmae_settings(out=str(tmp_path / "run"))
+    online, target = cmae_models(s)
+    target.requires_grad_(True)  # even if its parameters could take one
+    with views_in(torch.float64), mock.patch.object(common.Run, "optimize", lambda *_: False):  # leaves them in place
+        cmae.pretrain(common.Run(s, CPU), "cmae", online, target, tiny_images(8), 1.0)
+    assert all(p.grad is None for p in target.parameters())
+    assert all(p.grad is not None for name, p in online.named_parameters() if "pos_embed" not in name)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_without_contrast_it_is_mae_exactly(tmp_path, micro_batch):
+    found = []
+    for trainer in ("pretrain_mae", "cmae"):
+        s = cmae_settings(out=str(tmp_path / trainer), micro_batch=micro_batch, epochs=2, warmup_epochs=1)
+        online, target = cmae_models(s)
+        before = copy.deepcopy(target.state_dict())
+        with views_in(torch.float64), mock.patch.object(cmae.Target, "feature", side_effect=AssertionError("computed")):
+            run = Recorder(s, CPU)
+            if trainer == "cmae":
+                cmae.pretrain(run, "mae", online, target, tiny_images(), 0.0)
+            else:
+                recipe = dict(epochs=2, batch=8, lr=1e-2, warmup_epochs=1)
+                common.pretrain_mae(run, online.F_s, online.G_p, tiny_images(), **recipe)
+        assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+        state = {k: v for k, v in online.state_dict().items() if k.startswith(("F_s", "G_p"))}
+        found.append((run.losses, run.gradients, state))
+    (losses, gradients, state), (other_losses, other_gradients, other_state) = found
+    assert len(losses) == 4 and torch.equal(torch.stack(losses), torch.stack(other_losses))
+    for ours, other in zip(gradients, other_gradients, strict=True):
+        ours, other = (sorted(gs, key=lambda g: (g.shape, g.flatten()[0].item())) for gs in (ours, other))
+        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+    assert all(torch.equal(state[k], other_state[k]) for k in state)
+
+
+def test_the_feature_decoder_shares_nothing_with_the_pixel_decoder_unless_asked():
+    ids = lambda module: {id(p) for p in module.parameters()}
+    online, _ = cmae_models(cmae_settings())
+    assert not ids(online.G_f) & (ids(online.G_p) | ids(online.F_s)) and len(online.G_f.decoder_blocks) == 2
+    shared, _ = cmae_models(cmae_settings(share_decoder=True))
+    assert ids(shared.G_f.decoder_blocks) == ids(shared.G_p.decoder_blocks[:2])
+    own = {n for n, p in shared.G_f.named_parameters() if id(p) not in ids(shared.G_p)}
+    assert {name.split(".")[0] for name in own} == {"decoder_pos_embed", "decoder_norm", "decoder_pred"}
+    assert cmae_models(cmae_settings(feature_depth=0))[0].G_f is None
+    z_s, restore = normal(8, 5, 16), normal(8, 16).argsort(1)
+    x = online.G_f(z_s, restore)
+    assert x.shape == (8, 16, 16) and error(online.feature(z_s, restore), x.sum(1) / 16) < 1e-12  # Eq. 4: all tokens
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("model", ["vit_s16", "vit_b16", "vit_l16"])
+@pytest.mark.parametrize("depth", [0, 2, 4, 8])
+def test_every_size_builds_with_every_feature_decoder(model, depth, stem):
+    with torch.device("meta"):
+        online = cmae.Online(cmae.Settings(model=model, feature_depth=depth, stem=stem))
+        x, noise = torch.empty(2, 3, 224, 224), torch.empty(2, 196)
+        ids_keep, ids_restore, _ = common.random_masking(noise, 0.75)
+        z_s = online.F_s(x, ids_keep)
+        y_s = online.feature(z_s, ids_restore)
+        assert z_s.shape == (2, 50, online.F_s.dim) and y_s.shape == (2, online.F_s.dim)
+        assert online.G_p(z_s, ids_restore).shape == (2, 196, 768)
+        assert online.predictor(online.projector(y_s)).shape == (2, 256)
+    assert len(online.G_f.decoder_blocks if depth else []) == depth and len(online.G_p.decoder_blocks) == 8
+
+
+def conv_vit():
+    """A small hybrid encoder: 16 patches of 8 x 8 pixels."""
+    return vit(stem="conv", dim=48)
+
+
+def test_no_pixel_of_a_removed_patch_reaches_a_visible_token_of_the_convolutional_stem():
+    encoder, x = conv_vit(), normal(5, 3, 32, 32)
+    ids = normal(5, 16).argsort(1)[:, :6]
+    removed = torch.ones(5, 16).scatter(1, ids, 0).view(5, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    other = x + 100 * removed * normal(5, 3, 32, 32, seed=1)
+    assert torch.equal(encoder(x, ids), encoder(other, ids))
+    whole = encoder.patch_embed(x)
+    assert error(common.take(encoder.patch_embed(x, ids), ids), common.take(whole, ids)) > 1e-2  # they would otherwise
+    everything = torch.arange(16).expand(5, -1)
+    assert error(encoder(x, everything), encoder(x)) < 1e-12
+    for n in range(5):  # a sample's mask is its own
+        assert error(encoder(x[n : n + 1], ids[n : n + 1]), encoder(x, ids)[n : n + 1]) < 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_zeroed_before_each(masked):
+    stem, x, ids = conv_vit().patch_embed, normal(2, 3, 32, 32), normal(2, 16).argsort(1)[:, :6]
+    visible = torch.zeros(2, 16).double().scatter(1, ids, 1) if masked else torch.ones(2, 16).double()
+    hide = lambda x: x * torch.kron(visible.view(2, 1, 4, 4), torch.ones(x.shape[2] // 4, x.shape[3] // 4).double())
+    layer_norm = lambda x, m: F.layer_norm(x.movedim(1, -1), m.normalized_shape, m.weight, m.bias, 1e-6).movedim(-1, 1)
+    linear = lambda x, m: F.conv2d(x, m.weight[:, :, None, None], m.bias)  # at each position
+    for i, down in enumerate(stem.down):
+        x = F.gelu(layer_norm(F.conv2d(hide(x), down.weight, down.bias, stride=down.kernel_size), stem.norms[i]))
+        for block in stem.stages[i] if i < 2 else []:
+            a = linear(layer_norm(x, block.norm1), block.fc)
+            a = F.conv2d(hide(a), block.conv.weight, block.conv.bias, padding=2, groups=a.shape[1])
+            x = x + linear(a, block.proj)
+            x = x + linear(F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
+    x = linear(x, stem.fc)
+    assert [d.kernel_size for d in stem.down] == [(2, 2)] * 3 and [len(s) for s in stem.stages] == [2, 2]
+    found = stem(normal(2, 3, 32, 32), ids if masked else None)
+    assert error(found, x.flatten(2).transpose(1, 2)) < 1e-10
+
+
+@pytest.mark.parametrize("model", ["vit_s16", "vit_b16", "vit_l16", "vit_h16"])
+def test_the_hybrid_has_the_size_of_the_vit(model):
+    with torch.device("meta"):
+        plain, hybrid = (common.build_vit(model, 224, stem=stem) for stem in ("patch", "conv"))
+    count = lambda encoder: sum(p.numel() for p in encoder.parameters())
+    assert count(hybrid) == pytest.approx(count(plain), rel=0.03)
+    assert hybrid.depth == len(hybrid.blocks) == plain.depth - 1
+
+
+def test_encoders_of_either_stem_are_read_as_what_they_are(tmp_path):
+    hybrid, plain, x = conv_vit().float(), vit(dim=48).float(), normal(2, 3, 32, 32).float()
+    for name, encoder in (("conv", hybrid), ("patch", plain)):
+        common.save_encoder(tmp_path / name, encoder)
+        again = common.load_encoder(tmp_path / name)
+        assert again.config == encoder.config and again.config["stem"] == name
+        assert torch.equal(again(x), encoder(x))
+        assert torch.load(tmp_path / name)["encoder"]["stem"] == name
+    with pytest.raises(InputError, match="patch_embed.down.0.bias is missing"):
+        common.init_encoder(hybrid, tmp_path / "patch")
+    with pytest.raises(InputError, match="patch_embed.down.0.bias is not expected"):
+        common.init_encoder(plain, tmp_path / "conv")
+    with pytest.raises(RuntimeError, match="patch_embed.proj.weight"):
+        timm_vit(hybrid.state_dict())
+
+
+CMAE_TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --batch 8
+    --shift 4 --head_hidden 16 --head_dim 8 --epochs 3 --warmup_epochs 1 --finetune_epochs 2 --finetune_batch 8
+    --precision float32 --workers 0""".split()
+
+
+def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_path):
+    out, data = tmp_path / "run", folders / "labelled"
+    printed = main(*CMAE_TINY, "--stages", "mae,cmae", "--stem", "conv", "--data", data, "--out", out, program=cmae)
+    files = "config.json log.jsonl last.pt mae.pt encoder.pt results.json views.png"
+    assert {f.name for f in out.iterdir()} == set(files.split())
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["mae", "cmae"] and results["mae"].keys() >= {"knn", "probe", "finetune"}
+    assert "finetune" in printed and [(e["stage"], e["step"]) for e in log_of(out)] == [
+        (stage, step) for stage in ("mae", "cmae") for step in range(6)
+    ]
+    last = torch.load(out / "last.pt")["state"]["online"]
+    saved = torch.load(out / "encoder.pt")["model"]
+    assert all(torch.equal(v, last[f"F_s.{k}"]) for k, v in saved.items()) and "patch_embed.down.0.weight" in saved
+    for stage, file in (("mae", "mae.pt"), ("cmae", "encoder.pt")):
+        for protocol, flags in (("knn", []), ("finetune", "--blocks 1 --epochs 2 --batch 8 --lr 2.5e-4".split())):
+            argv = [protocol, "--encoder", out / file, "--data", data, "--precision", "float32", "--workers", 0, *flags]
+            main(*argv, program=protocols)
+            written = json.loads((out / f"{protocol}.json").read_text())
+            assert written[protocol] == pytest.approx(results[stage][protocol], abs=1e-3), (stage, protocol)
+
+
+@pytest.mark.parametrize("step", [6, 9, 11])  # a stage's first step, the middle, the run's last step
+def test_a_cmae_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tmp_path, step):
+    flags, whole = [*CMAE_TINY, "--data", folders / "labelled", "--stages", "mae,cmae"], folders / "whole_cmae"
+    if not whole.exists():
+        main(*flags, "--out", whole, program=cmae)
+    break_at(step, *flags, "--out", tmp_path / "run", program=cmae)
+    main("--out", tmp_path / "run", "--resume", program=cmae)
+    same_weights(tmp_path / "run", whole, ("mae.pt", "encoder.pt"))
+    assert (tmp_path / "run" / "results.json").read_text() == (whole / "results.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -2835,6 +3189,48 @@ def test_augmented_batches_are_features_of_crops():
     assert len(found) == 6
     for (x, y), data in zip(found, batches):
         assert torch.equal(y, data.labels) and error(x, encoder(common.augment(data.views[0]))[:, 0]) < 1e-5
+
+
+def finetuned(encoder, images, blocks):
+    """A plain loop: a classifier on the pooled feature and the last blocks, by torch's AdamW; logits of `images`."""
+    torch.manual_seed(0)
+    head = nn.Linear(32, 4)
+    nn.init.normal_(head.weight, std=2e-5), nn.init.zeros_(head.bias)
+    encoder = copy.deepcopy(encoder).requires_grad_(False)
+    tuned = [*encoder.blocks[3 - blocks :], encoder.norm] if blocks else []
+    if blocks == 3:
+        tuned = [encoder]
+    parameters = [p for m in (*tuned, head) for p in m.parameters() if p is not encoder.pos_embed]
+    for p in parameters:
+        p.requires_grad_(True)
+    vectors = [p for p in parameters if p.ndim == 1 or p is encoder.cls_token]
+    matrices = [p for p in parameters if not any(p is v for v in vectors)]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0)],
+                                  betas=(0.9, 0.999))  # fmt: skip
+    for step, data in enumerate(common.batches(images, [View(32, (0.08, 1))], 8, 0, 20, 0, CPU, 0, {})):
+        logits = head(encoder(common.augment(data.views[0]))[:, 1:].mean(1))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, data.labels).backward()
+        warm, rate = 2, 2.0 * 8 / 256
+        factor = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (20 - warm))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        optimizer.step()
+    return head(encoder(common.augment(images.pixels))[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_finetuning_trains_the_last_blocks_and_a_linear_classifier(blocks):
+    encoder, images = vit(pool="mean").float(), Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
+    before, logits = copy.deepcopy(encoder.state_dict()), []
+    real = nn.Linear.forward
+    record = lambda self, x: logits.append(real(self, x)) or logits[-1]
+    with mock.patch.object(nn.Linear, "forward", record):
+        found = protocols.finetune(encoder, images, images, blocks, 5, 2.0, CPU, batch=8)
+    expected = finetuned(encoder, images, blocks)
+    assert error(logits[-1], expected) < 1e-3  # after 20 steps of AdamW in float32
+    assert found["finetune"] == pytest.approx(100 * (expected.argmax(1) == images.labels).float().mean().item())
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())  # a copy was tuned
 
 
 @pytest.mark.parametrize("kind", ["random", "near", "one cluster", "perfect", "more clusters"])
@@ -2983,7 +3379,31 @@ BAD_VICMAE = [
     (["--images", "no_val"], "--images no_val: there is no val/"),
     (["--init", "wide.pt"], "wide.pt does not fit this model"),
 ]
+CMAE_FLAT = [*CMAE_TINY, "--data", "flat"]
+BAD_CMAE = [
+    ([*CMAE_FLAT, "--stages", "cmae,mae"], "--stages cmae,mae: choose"),
+    ([*CMAE_FLAT, "--stages", ""], "--stages"),
+    ([*CMAE_FLAT, "--stem", "fc"], "--stem fc: choose patch or conv"),
+    ([*CMAE_FLAT, "--stem", "conv", "--model", "vit_nano2"], "divisible by 4, not 2"),
+    ([*CMAE_FLAT, "--loss", "vicreg"], "--loss vicreg: choose"),
+    ([*CMAE_FLAT, "--pool", "max"], "--pool max: choose"),
+    ([*CMAE_FLAT, "--temperature", "0"], "--temperature 0"),
+    ([*CMAE_FLAT, "--lambda_c", "-1"], "--lambda_c -1"),
+    ([*CMAE_FLAT, "--ema", "1.1"], "--ema 1.1"),
+    ([*CMAE_FLAT, "--mask_ratio", "1"], "--mask_ratio 1"),
+    ([*CMAE_FLAT, "--target_mask_ratio", "-0.1"], "--target_mask_ratio -0.1"),
+    ([*CMAE_FLAT, "--mask_ratio", "0.9"], "masking 0.9 of 4 patches leaves none"),
+    ([*CMAE_FLAT, "--mask_block", "3"], "--mask_block 3"),
+    ([*CMAE_FLAT, "--shift", "-1"], "--shift -1"),
+    ([*CMAE_FLAT, "--feature_depth", "-1"], "--feature_depth -1"),
+    ([*CMAE_FLAT, "--feature_depth", "2", "--share_decoder"], "--feature_depth 2: choose 0 or more"),
+    ([*CMAE_FLAT, "--batch", "17"], "batch 17 is larger than the training set (16 images"),
+    ([*CMAE_FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
+    ([*CMAE_TINY, "--data", "labelled", "--finetune_batch", "64"], "--finetune_batch 64"),
+]
 BAD_EVAL = [
+    (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--blocks", "7", "--workers", "0"], "--blocks 7"),
+    (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
     (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
     (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
     (["knn", "--encoder", "wide.pt", "--data", "flat"], "--data flat: labels are needed, but there is no train/"),
@@ -3003,10 +3423,9 @@ BAD_EVAL = [
 ]
 
 
-BAD_INPUT = [(mae_ct, *c) for c in BAD] + [(protocols, *c) for c in BAD_EVAL]
-BAD_INPUT += [(mim_refiner, [*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER]
-
-BAD_INPUT += [(vicmae, [*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE]
+PROGRAMS = [(mae_ct, BAD), (cmae, BAD_CMAE), (protocols, BAD_EVAL)]
+PROGRAMS += [(mim_refiner, [([*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER])]
+PROGRAMS += [(vicmae, [([*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE])]
 
 
 @pytest.fixture
@@ -3022,7 +3441,7 @@ def bad_files(folders, monkeypatch):
     return folders
 
 
-@pytest.mark.parametrize("program, argv, fault", BAD_INPUT)
+@pytest.mark.parametrize("program, argv, fault", [(p, *c) for p, bad in PROGRAMS for c in bad])
 def test_bad_input_is_named_before_anything_is_written(bad_files, program, argv, fault):
     before = sorted(Path().rglob("*"))
     with pytest.raises(InputError, match=re.escape(fault)), contextlib.redirect_stdout(io.StringIO()):

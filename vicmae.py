@@ -229,10 +229,10 @@ def report(run, name, encoder, images, videos, frames=4):
     if videos:
         of_clips = lambda v: features(encoder, v.stills(frames), *where)[0].unflatten(0, (len(v), frames)).mean(1)
         x, test_x = map(of_clips, videos)
-        for name, of in ("video_object", "labels"), ("video_motion", "motions"):
-            if getattr(videos[0], of) is not None:
-                y, test_y = (getattr(v, of).to(run.device) for v in videos)
-                values[name] = cached_probe(x, y, test_x, test_y)["probe"]
+        for column, label in ("video_object", "labels"), ("video_motion", "motions"):
+            if getattr(videos[0], label) is not None:
+                y, test_y = (getattr(v, label).to(run.device) for v in videos)
+                values[column] = cached_probe(x, y, test_x, test_y)["probe"]
     if values:
         run.report(name, values)
 
