@@ -92,7 +92,7 @@ METHODS = {
 # The built-in run: small enough for two CPU cores, the same recipe for all methods
 SHAPES = dict(
     model="vit_nano8", image_size=48, decoder_dim=64, decoder_depth=2, decoder_heads=4, projector_hidden=512,
-    epochs=7, batch=128, lr=2e-3, weight_decay=0.05, warmup_epochs=1,
+    epochs=6, batch=128, lr=2e-3, weight_decay=0.05, warmup_epochs=1,
 )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def presets(given):
     if built_in:
         row |= SHAPES | dict(methods="can,simclr,mae")
         if given.get("short"):
-            row |= dict(epochs=4)
+            row |= dict(epochs=2, warmup_epochs=0.5)
     return row | METHODS.get(given.get("methods"), {})
 
 
