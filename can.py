@@ -1,10 +1,10 @@
 """CAN: A Simple, Efficient and Scalable Contrastive Masked Autoencoder Framework (Mishra et al., arXiv 2210.16870).
 
-Three tasks share one symmetric step, without momentum encoder or multi-crop. Two views of an image get Gaussian noise, lose
-half of their patches and go through encoder and decoder:
-  contrast      the mean-pooled visible patches of both views are drawn together, against the batch (InfoNCE, 3.2)
-  autoencoder   the decoder reconstructs the removed patches (3.3)
-  noise         on the kept patches, where MAE throws the decoder's output away, it predicts the noise (3.4)
+Three tasks share one symmetric step, without momentum encoder or multi-crop. Two views of an image get Gaussian noise,
+lose half of their patches and go through encoder and decoder:
+  C  contrast     the mean-pooled visible patches of both views are drawn together, against the batch (InfoNCE, 3.2)
+  A  autoencoder  the decoder reconstructs the removed patches (3.3)
+  N  noise        on the kept patches, where MAE throws the decoder's output away, it predicts the noise (3.4)
 The paper's baselines are the same step with other settings: SimCLR has the first task alone, MAE the second.
 
     python can.py                                                  # CAN, SimCLR and MAE on built-in data, in minutes
@@ -16,7 +16,7 @@ The paper's baselines are the same step with other settings: SimCLR has the firs
 Easy to get wrong:
   - Negatives exclude both views of the sample itself: 2n - 2 of them over all ranks, gathered with gradient (3.2).
   - The two views of an image have masks, noise and noise levels of their own; exactly T/2 patches stay (3.1).
-  - L_rec counts removed patches, its target is the clean view; L_denoise counts kept ones, its target is sigma e, not e.
+  - L_rec counts removed patches, its target is the clean view; L_denoise counts kept ones, its target is sigma e.
   - The norms of 3.3 and 3.4 are means over pixels (Table 4's magnitudes), of standardised, not patch-normalised, ones.
   - The level embedding is added at the encoder's width, before the decoder, to mask tokens too (3.4).
   - Features are means of patch tokens, without [CLS]; BatchNorm momentum 0.9 is JAX's, PyTorch's 0.1.
@@ -51,7 +51,7 @@ class Settings(RunSettings):
 
     # what distinguishes the methods (METHODS) and their ablations
     lambda_infonce: float = 0.03  # Section 5, Figure 7 left
-    lam: float = 0.7  # lambda of 3.5, the share of L_rec in the rest; not printed (Figure 7 right), near the authors' code
+    lam: float = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
     mask_ratio: float = 0.5  # 3.1
     sigma_max: float = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels
     level_embedding: bool = True  # 3.4; Table 1's "+noise, +loss" is without
@@ -82,18 +82,23 @@ class Settings(RunSettings):
 TABLE_6 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=1600), "l": dict(lr=1.25e-4, weight_decay=0.1)}
 TABLE_7 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=800), "l": dict(lr=3.125e-5, weight_decay=0.05, epochs=5000)}
 # Tables 8 and 9: MAE. Of the augmentation they list, the text's "as He et al." keeps crop and flip
-TABLE_8 = dict(lr=1.5e-4, weight_decay=0.05)
-TABLE_9 = dict(lr=3.75e-5, weight_decay=0.05)
+TABLE_8, TABLE_9 = dict(lr=1.5e-4, weight_decay=0.05), dict(lr=3.75e-5, weight_decay=0.05)
 METHODS = {
     "can": dict(),
     "simclr": dict(lambda_infonce=1.0, mask_ratio=0.0, sigma_max=0.0),  # full views, no noise, no decoder
     "mae": dict(lambda_infonce=0.0, lam=1.0, mask_ratio=0.75, sigma_max=0.0, views=1, strength=0.0, scale_min=0.2),
 }
-# The built-in run: small enough for two CPU cores, the same recipe for all methods
+# The built-in run: small enough for two CPU cores, the same recipe for all methods. In so few steps the paper's
+# lambda_InfoNCE teaches no contrast, and hue is half of these classes' identity: more of it and weaker colours
 SHAPES = dict(
     model="vit_nano8", image_size=48, decoder_dim=64, decoder_depth=2, decoder_heads=4, projector_hidden=512,
-    epochs=6, batch=128, lr=2e-3, weight_decay=0.05, warmup_epochs=1,
+    epochs=6, batch=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, lambda_infonce=0.3, strength=0.4,
 )  # fmt: skip
+
+
+def row_of(method, data):
+    """What a method changes; in the built-in run all of them see as many views."""
+    return METHODS.get(method, {}) | (dict(views=2) if data == "shapes" else {})
 
 
 def presets(given):
@@ -103,12 +108,12 @@ def presets(given):
     row = dict((TABLE_7 if uncurated else TABLE_6).get(size, {}))
     if given.get("methods") == "mae":
         row |= TABLE_9 if uncurated else TABLE_8
-    built_in = given.get("data", "shapes") == "shapes"
-    if built_in:
+    data = given.get("data", "shapes")
+    if data == "shapes":
         row |= SHAPES | dict(methods="can,simclr,mae")
         if given.get("short"):
             row |= dict(epochs=2, warmup_epochs=0.5)
-    return row | METHODS.get(given.get("methods"), {})
+    return row | row_of(given.get("methods"), data)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -123,8 +128,7 @@ def loss_weights(s):
 class LevelEmbedding(nn.Module):
     """3.4: sinusoidal embedding of the noise level, then a 2-layer MLP with ReLU of constant width d: [N] → p [N, d].
 
-    sigma_max is made 1000 in the sinusoids' unit (chosen, the range of diffusion's time steps: unscaled levels of
-    0 … 0.05 would all have nearly the same embedding).
+    sigma_max is 1000 in the sinusoids' unit (chosen, as diffusion's time steps): unscaled, all levels would look alike.
     """
 
     def __init__(self, dim, sigma_max):
@@ -140,7 +144,7 @@ class LevelEmbedding(nn.Module):
 
 
 def patch_loss(chosen, target, x_hat):
-    """3.3 and 3.4: squared error [N], mean over pixels, then over the patches chosen [N, T] (0 or 1; 0 if there is none).
+    """3.3 and 3.4: squared error [N], mean over pixels, then over the patches chosen [N, T] (0 or 1).
 
     target, x_hat [N, T, p·p·3]. Every sample has as many, so the mean over samples is the loss of the batch.
     """
@@ -149,7 +153,7 @@ def patch_loss(chosen, target, x_hat):
 
 
 class CAN(nn.Module):
-    """Encoder f, decoder, level embedding and projector (Figure 2); parts that only losses of weight 0 need are None."""
+    """Encoder f, decoder, level embedding, projector (Figure 2); what only losses of weight 0 would need is None."""
 
     def __init__(self, s):
         super().__init__()
@@ -157,11 +161,10 @@ class CAN(nn.Module):
         self.lambda_infonce, self.lambda_rec, self.lambda_denoise = loss_weights(s)
         self.f = build_vit(s.model, s.image_size, pool="mean")
         self.f.checkpoint_blocks = s.checkpoint_blocks
-        d, p = self.f.dim, self.f.patch_size
-        decodes = self.lambda_rec + self.lambda_denoise > 0
-        leveled = decodes and s.level_embedding and s.sigma_max > 0
-        self.decoder = MAEDecoder(self.f.grid, p, d, s.decoder_dim, s.decoder_depth, s.decoder_heads) if decodes else None
-        self.level = LevelEmbedding(d, s.sigma_max) if leveled else None
+        d, decodes = self.f.dim, self.lambda_infonce < 1
+        sizes = self.f.grid, self.f.patch_size, d, s.decoder_dim, s.decoder_depth, s.decoder_heads
+        self.decoder = MAEDecoder(*sizes) if decodes else None
+        self.level = LevelEmbedding(d, s.sigma_max) if decodes and s.level_embedding and s.sigma_max else None
         widths = d, s.projector_hidden, s.projector_hidden, s.projector_dim
         self.projector = mlp_head(*widths, last_norm=False) if self.lambda_infonce else None
 
@@ -194,11 +197,10 @@ class CAN(nn.Module):
 
     def objective(self, y, rec, denoise):
         """3.5: L_CAN of the whole batch (its part on this rank), and a dict of the losses that have a weight."""
+        infonce = 0 * y.mean()
         if self.projector:
             u = normalize(self.projector(y.flatten(0, 1))).unflatten(0, (-1, 2))  # BatchNorm over both views together
             infonce = nt_xent(u[:, 0], u[:, 1], self.s.temperature)  # 3.2
-        else:
-            infonce = 0 * y.mean()
         losses = dict(infonce=infonce, rec=rec.mean(), denoise=denoise.mean())
         weights = self.lambda_infonce, self.lambda_rec, self.lambda_denoise
         total = sum(w * loss for w, loss in zip(weights, losses.values()))
@@ -272,27 +274,14 @@ def picture(path, model, images, device):
     e = s.sigma_max * gaussian((*key, "noise"), rows, *x.shape[1:], device=device)
     x_hat, M = promote(model.decode(model.f(x + e, ids_keep), ids_restore, sigma)), M[..., None]
     target, seen, noise = (patchify(t, p) for t in (x, x + e, e))
-    if s.norm_pix:
-        var, mean = torch.var_mean(target, -1, keepdim=True)
-        restored = x_hat * (var + 1e-6).sqrt() + mean
-    else:
-        restored = x_hat
+    var, mean = torch.var_mean(target, -1, keepdim=True)
+    restored = x_hat * (var + 1e-6).sqrt() + mean if s.norm_pix else x_hat
     rows = {"input": target, f"{s.mask_ratio:.0%} removed, noise {s.sigma_max:g}": seen * (1 - M),
             "reconstruction (kept: input)": target * (1 - M) + restored * M}  # fmt: skip
     if model.lambda_denoise and s.sigma_max:
         gain = (1 - M) / s.sigma_max / 2
         rows |= {"true noise": noise * gain, "predicted noise": x_hat * gain}
     draw(path, [(caption, to_bytes(unpatchify(t, p, *x.shape[-2:])), None) for caption, t in rows.items()])
-
-
-def of_method(s, method):
-    """The settings of one of several methods; a single one has them from `presets`, where flags that are given win."""
-    if s.methods == method:
-        return s
-    changes = dict(METHODS[method])
-    if s.data == "shapes":
-        changes.pop("views", None)  # as many views for all
-    return replace(s, **changes)
 
 
 def prepare(argv):
@@ -305,29 +294,25 @@ def prepare(argv):
     methods = s.methods.split(",")
     if not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
         raise InputError(f"--methods {s.methods}: choose can, simclr, mae, or several of them joined by commas")
-    own = {name for row in METHODS.values() for name in row if getattr(s, name) != getattr(Settings, name)}
+    usual = vars(Settings()) | (SHAPES if s.data == "shapes" else {})
+    own = {name for row in METHODS.values() for name in row if getattr(s, name) != usual[name]}
     if len(methods) > 1 and own:
-        raise InputError(f"--{min(own)} belongs to one method, and --methods is {s.methods}: name the one, as --methods can")
-    for name in ("lambda_infonce", "lam", "strength"):
+        raise InputError(f"--{min(own)} belongs to one method: name it instead of --methods {s.methods}")
+    for name in ("lambda_infonce", "lam", "strength", "mask_ratio"):
         if not 0 <= getattr(s, name) <= 1:
             raise InputError(f"--{name} {getattr(s, name):g}: choose a number from 0 to 1")
-    if not 0 <= s.mask_ratio < 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio:g}: a fraction below 1 is expected")
-    for name, least in dict(temperature=0, sigma_max=-1e-9, scale_min=0, lr=-1e-9).items():
-        if not least < getattr(s, name) < math.inf:
-            raise InputError(f"--{name} {getattr(s, name):g}: choose a number above 0")
-    if s.scale_min > 1 or s.epoch_images < 0:
-        raise InputError(f"--scale_min {s.scale_min:g}, --epoch_images {s.epoch_images}: at most 1, at least 0 are expected")
+    if not 0 < s.temperature < math.inf or not 0 <= s.sigma_max < math.inf:
+        raise InputError(f"--temperature {s.temperature:g}, --sigma_max {s.sigma_max:g}: above 0 and 0 or more are expected")
     device = start()
     parts = {}
     for method in methods:
-        mine = of_method(s, method)
+        mine = replace(s, **row_of(method, s.data)) if len(methods) > 1 else s
         weights = loss_weights(mine)
         if mine.views not in (1, 2) or weights[0] and mine.views == 1:
             raise InputError(f"--views {mine.views}: choose 2, or 1 for mae: contrast is between two")
         if not weights[0] and not (weights[1] and mine.mask_ratio) and not (weights[2] and mine.sigma_max):
-            raise InputError(f"--lambda_infonce {mine.lambda_infonce:g} --lam {mine.lam:g} --mask_ratio {mine.mask_ratio:g} "
-                             f"--sigma_max {mine.sigma_max:g}: no loss is left to learn from")  # fmt: skip
+            given = f"--lambda_infonce {mine.lambda_infonce:g} --lam {mine.lam:g} --mask_ratio {mine.mask_ratio:g}"
+            raise InputError(f"{given} --sigma_max {mine.sigma_max:g}: no loss is left to learn from")
         torch.manual_seed(s.seed)
         model = CAN(mine)
         if int(math.prod(model.f.grid) * (1 - mine.mask_ratio)) < 1:
@@ -337,7 +322,7 @@ def prepare(argv):
         parts[method] = mine, model
     train, val = load_splits(s.data, val=not s.cost)
     check_batch(s, train, s.batch)
-    if 0 < s.epoch_images < s.batch:
+    if s.epoch_images and s.epoch_images < s.batch:
         raise InputError(f"--epoch_images {s.epoch_images} is less than the batch of {s.batch}")
     return s, device, train, val, parts
 
@@ -348,13 +333,13 @@ def main(argv):
     run = Run(s, device)
     for method in list(parts):
         mine, model = parts.pop(method)  # freed after its stage
-        if method in run.finished:  # resumed: it left its files and its row
+        if method in run.finished:  # before the run was resumed: files and row are there
             continue
         pretrain(run, method, model.to(device), train, mine)
         if s.cost:
             continue
         if rank() == 0:
-            for name in [method] + ["encoder"] * (method == s.methods.split(",")[0]):
+            for name in [method] + ["encoder"] * s.methods.startswith(method):
                 save_encoder(run.folder / f"{name}.pt", model.f)
             if model.decoder:
                 picture(run.folder / f"{method}.png", model, val or train, device)
