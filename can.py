@@ -108,8 +108,7 @@ def presets(given):
     row = dict((TABLE_7 if uncurated else TABLE_6).get(size, {}))
     if given.get("methods") == "mae":
         row |= TABLE_9 if uncurated else TABLE_8
-    data = given.get("data", "shapes")
-    if data == "shapes":
+    if (data := given.get("data", "shapes")) == "shapes":
         row |= SHAPES | dict(methods="can,simclr,mae")
         if given.get("short"):
             row |= dict(epochs=2, warmup_epochs=0.5)
@@ -190,9 +189,8 @@ class CAN(nn.Module):
             return y, *y.new_zeros(2, len(y))
         x_hat = self.decode(z, ids_restore, sigma)  # [N·V, T, p·p·3]
         target = patchify(x + e if self.s.noisy_target else x, self.f.patch_size)
-        target = normalize_patches(target) if self.s.norm_pix else target
-        rec = patch_loss(M, target, x_hat)
-        denoise = patch_loss(1 - M, patchify(e, self.f.patch_size), x_hat)
+        rec = patch_loss(M, normalize_patches(target) if self.s.norm_pix else target, x_hat)  # 3.3
+        denoise = patch_loss(1 - M, patchify(e, self.f.patch_size), x_hat)  # 3.4
         return y, rec.view(-1, v).mean(1), denoise.view(-1, v).mean(1)
 
     def objective(self, y, rec, denoise):
@@ -302,9 +300,9 @@ def prepare(argv):
         if not 0 <= getattr(s, name) <= 1:
             raise InputError(f"--{name} {getattr(s, name):g}: choose a number from 0 to 1")
     if not 0 < s.temperature < math.inf or not 0 <= s.sigma_max < math.inf:
-        raise InputError(f"--temperature {s.temperature:g}, --sigma_max {s.sigma_max:g}: above 0 and 0 or more are expected")
-    device = start()
-    parts = {}
+        given = f"--temperature {s.temperature:g}, --sigma_max {s.sigma_max:g}"
+        raise InputError(f"{given}: above 0 and 0 or more are expected")
+    device, parts = start(), {}
     for method in methods:
         mine = replace(s, **row_of(method, s.data)) if len(methods) > 1 else s
         weights = loss_weights(mine)
