@@ -66,7 +66,7 @@ class Settings(RunSettings):
     # views: 3.2, Table 4b
     shift: int = 32  # p: r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
     random_crops: bool = False  # two crops of their own instead of one master crop
-    colour: bool = True  # of the target view
+    color: bool = True  # of the target view
 
     # contrast: 3.1, 3.3, Table 4
     feature_depth: int = 2  # blocks of the feature decoder, Table 4c; 0: the mean of the visible tokens, no decoder
@@ -175,7 +175,7 @@ def make_views(data, s, key, device):
     else:
         noise = uniform((*key, "shift"), data.rows, 2, device=device)
         I_s, I_t = pixel_shift(data.views[0], s.image_size, s.shift, noise)
-    return augment(I_s), augment(I_t, COLOUR if s.colour else None, uniform((*key, "colour"), data.rows, 13))
+    return augment(I_s), augment(I_t, COLOUR if s.color else None, uniform((*key, "colour"), data.rows, 13))
 
 
 def block_noise(noise, grid, block):

@@ -1552,7 +1552,7 @@ class Parser(argparse.ArgumentParser):
 def parse_settings(cls, presets, argv, description):
     """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
 
-    Every field of `cls` is a flag of its name. `presets` gets the given flags as a dict and returns field values, among
+    Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME. `presets` gets the given flags as a dict and returns field values, among
     them the model's row of the paper's table. With --resume the run's config.json is the base, and flags that say
     otherwise are refused.
 
@@ -1561,8 +1561,12 @@ def parse_settings(cls, presets, argv, description):
     """
     parser = Parser(description=description.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
-        parser.add_argument(f"--{field.name}", help=f"default {field.default!r}", **kind)
+        flag = dict(dest=field.name, help=f"default {field.default!r}")
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", **flag)
+            parser.add_argument(f"--no_{field.name}", f"--no-{field.name}", action="store_false", **flag)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, metavar="X", **flag)
     given = vars(parser.parse_args(argv))
     if given.get("cost"):
         given.setdefault("data", "random")

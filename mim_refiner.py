@@ -73,7 +73,7 @@ class Settings(RunSettings):
     local_views: int = 10  # 0: no multi-crop (Table 1f)
     local_size: int = 96  # pixels; 98 for patches of 14
     local_scale_min: float = 0.05
-    no_color: bool = False  # A.2: crop and flip alone, half the epochs
+    color: bool = True  # A.2: --no_color for crop and flip alone, half the epochs
 
     # head initialisation: B.3, all else as above
     head_epochs: float = 20
@@ -127,7 +127,7 @@ def presets(given):
         row |= SHAPES
         if given.get("short"):
             row |= dict(mae_epochs=8, mae_warmup_epochs=1, head_epochs=1, epochs=3)
-    if given.get("no_color"):
+    if not given.get("color", True):
         row |= dict(epochs=row.get("epochs", Settings.epochs) / 2)
     return row
 
@@ -273,7 +273,7 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
     optimizer = adamw(groups)
     views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
     views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
-    colours = [None] * len(views) if s.no_color else GLOBAL_COLOURS + [LOCAL_COLOURS] * s.local_views
+    colours = GLOBAL_COLOURS + [LOCAL_COLOURS] * s.local_views if s.color else [None] * len(views)
 
     def cls_tokens(x):
         """Views of one resolution [N, V, 3, S, S] → [CLS] behind each head's block [N, V, H, D]."""

@@ -44,6 +44,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+import can
 import cmae
 import common
 import eval as protocols
@@ -314,6 +315,37 @@ def collectives_of_heads(heads):
     return len(calls)
 
 
+def tiny_can(dtype=torch.float64, **changes):
+    """Settings and model: an encoder of 16 patches, 6 blocks."""
+    given = dict(model="vit_nano4", image_size=16, batch=8, epochs=1, lr=1e-2, warmup_epochs=0, projector_hidden=16,
+                 projector_dim=8, decoder_dim=16, decoder_depth=1, decoder_heads=2, sigma_max=0.5, lambda_infonce=0.3,
+                 workers=0, precision="float32", seed=3)  # fmt: skip
+    s = can.Settings(**(given | changes))
+    torch.manual_seed(0)
+    small = common.ViT(16, 4, dim=16, depth=2, heads=2, pool="mean")
+    with mock.patch.object(can, "build_vit", lambda *args, **kwargs: small):
+        return s, randomized(can.CAN(s)).to(dtype)
+
+
+def can_outcome(micro_batch, folder, dtype=torch.float64, **changes):
+    """Two steps by the paper's own loop."""
+    out = str(folder / f"can{micro_batch}{dtype}{changes}")
+    s, model = tiny_can(dtype, micro_batch=micro_batch, out=out, **changes)
+    real = common.augment
+    with mock.patch.object(can, "augment", lambda *args: real(*args).to(dtype)):
+        run = Recorder(s, CPU)
+        can.pretrain(run, "can", model, tiny_images(), s)
+    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state={})
+
+
+CAN_STEPS = {
+    "can": dict(),
+    "simclr": can.METHODS["simclr"],
+    "mae by can": can.METHODS["mae"],
+    "can float32": dict(dtype=torch.float32),
+}
+
+
 def outcomes(folder):
     found = dict(gather=gather_outcome(), batch_norm=batch_norm_outcome(5), batch_norm_heads=batch_norm_outcome(2, 5))
     found["uniform"] = uniform((0, "key"), part(torch.arange(8)), 3)
@@ -334,6 +366,8 @@ def outcomes(folder):
                 found[name, micro_batch] = step_outcome(name.split()[0], micro_batch, folder, **changes)
             for name, changes in REFINER_STEPS.items():
                 found[name, micro_batch] = refiner_outcome(micro_batch, folder, **changes)
+            for name, changes in CAN_STEPS.items():
+                found[name, micro_batch] = can_outcome(micro_batch, folder, **changes)
             for name, changes in VICMAE_STEPS.items():
                 found[name, micro_batch] = vicmae_outcome(micro_batch, folder, **changes)
     found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
@@ -395,7 +429,7 @@ def test_batch_norm_over_two_ranks_is_torchs_over_the_whole_batch(two, name, hea
             assert all(error(mine[k], v) < 1e-10 for k, v in expected.items())
 
 
-@pytest.mark.parametrize("name", [*STEPS, *REFINER_STEPS, *VICMAE_STEPS])
+@pytest.mark.parametrize("name", [*STEPS, *REFINER_STEPS, *CAN_STEPS, *VICMAE_STEPS])
 def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name):
     alone, ranks = two
     whole, tolerance = alone[name, 0], 1e-5 if "float32" in name else 1e-10
@@ -2452,7 +2486,7 @@ def test_loss_schedules_by_number():
     assert mim_refiner.head_weights("uniform_decay", 0.6, 2).tolist() == pytest.approx([0.5, 1])
 
 
-@pytest.mark.parametrize("flags, crops", [({}, 12), ({"local_views": 0}, 2), ({"no_color": True}, 12)])
+@pytest.mark.parametrize("flags, crops", [({}, 12), ({"local_views": 0}, 2), ({"color": False}, 12)])
 def test_views_are_two_global_and_ten_local_crops_of_their_colours(tmp_path, flags, crops):
     s, encoder, heads = tiny_refiner(**dict(local_views=10, out=str(tmp_path / "run")) | flags)
     seen, real, steps = [], common.augment, common.Run.steps
@@ -2474,7 +2508,7 @@ def test_views_are_two_global_and_ten_local_crops_of_their_colours(tmp_path, fla
     jitter = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, sigma=(0.1, 2.0))
     expected = [dict(p_blur=1.0, p_solarize=0.0), dict(p_blur=0.1, p_solarize=0.2)]
     expected += [dict(p_blur=0.5, p_solarize=0.0)] * (crops - 2)
-    colours = [None if s.no_color else common.Colour(**jitter, **e) for e in expected]
+    colours = [common.Colour(**jitter, **e) if s.color else None for e in expected]
     assert [colour for _, colour in augmented] == colours
 
 
@@ -2798,7 +2832,7 @@ def test_views_share_their_crop_and_only_the_targets_colours_change():
         assert all(v.scale == (0.2, 1) and v.flip for v in views)
         data = next(common.batches(images, views, 64, 0, 1, 0, CPU, 0, {}))
         x_s, x_t = cmae.make_views(data, s, key, CPU)
-        plain = cmae.make_views(data, cmae_settings(random_crops=random_crops, colour=False), key, CPU)
+        plain = cmae.make_views(data, cmae_settings(random_crops=random_crops, color=False), key, CPU)
         if random_crops:
             cuts = data.views
         else:
@@ -2838,7 +2872,7 @@ def test_the_contrastive_loss_is_eq_6_and_7():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(random_crops=True, colour=False, feature_depth=0, target_mask_ratio=0.5),
+    dict(), dict(random_crops=True, color=False, feature_depth=0, target_mask_ratio=0.5),
     dict(loss="byol", mask_block=2), dict(share_decoder=True, lambda_c=0.3, mask_ratio=0.5),
 ])  # fmt: skip
 def test_the_loop_is_section_3(tmp_path, changes):
@@ -2869,7 +2903,7 @@ def test_the_loop_is_section_3(tmp_path, changes):
             r = (draw("shift", 2) * 4).long().tolist()
             I_t = torch.stack([x[:, a : a + 16, b : b + 16] for x, (a, b) in zip(data.views[0], r)])
         x_s = common.augment(I_s).double()
-        x_t = (common.augment(I_t, cmae.COLOUR, draw("colour", 13)) if s.colour else common.augment(I_t)).double()
+        x_t = (common.augment(I_t, cmae.COLOUR, draw("colour", 13)) if s.color else common.augment(I_t)).double()
         noise = draw("mask", 16 // s.mask_block**2)
         if s.mask_block == 2:
             noise = noise.view(8, 2, 1, 2, 1).expand(8, 2, 2, 2, 2).reshape(8, 16)
@@ -3075,6 +3109,313 @@ def test_a_cmae_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tm
     main("--out", tmp_path / "run", "--resume", program=cmae)
     same_weights(tmp_path / "run", whole, ("mae.pt", "encoder.pt"))
     assert (tmp_path / "run" / "results.json").read_text() == (whole / "results.json").read_text()
+# ------------------------------------------------------------------------------------------------------------ CAN
+
+
+def can_settings(*argv):
+    return common.parse_settings(can.Settings, can.presets, ["--data", "imagenet", *argv], "x")
+
+
+@pytest.mark.parametrize(
+    "argv, lr, weight_decay",
+    [
+        ("--model vit_b16", 2.5e-4, 0.05),  # Table 6
+        ("--model vit_l16", 1.25e-4, 0.1),
+        ("--model vit_l16 --methods simclr", 1.25e-4, 0.1),
+        ("--model vit_b16 --epoch_images 1281167", 2.5e-4, 0.05),  # Table 7
+        ("--model vit_l16 --epoch_images 1281167", 3.125e-5, 0.05),
+        ("--model vit_l16 --methods mae", 1.5e-4, 0.05),  # Table 8
+        ("--model vit_l16 --methods mae --epoch_images 1281167", 3.75e-5, 0.05),  # Table 9
+    ],
+)
+def test_can_settings_are_those_of_tables_6_to_9(argv, lr, weight_decay):
+    s = can_settings(*argv.split())
+    assert (s.lr, s.weight_decay, s.batch, s.warmup_epochs) == (lr, weight_decay, 4096, 40)
+    assert s.epochs == (800 if s.model == "vit_l16" else 1600) or s.epoch_images
+    if s.methods == "can":
+        assert (s.mask_ratio, s.sigma_max, s.lambda_infonce, s.temperature, s.views) == (0.5, 0.05, 0.03, 0.1, 2)
+        assert (s.projector_hidden, s.projector_dim) == (4096, 128)
+        assert (s.decoder_dim, s.decoder_depth, s.decoder_heads) == (512, 8, 16)
+
+
+def test_flags_win_over_a_methods_own_row():
+    s = can_settings("--methods", "simclr", "--mask_ratio", "0.25")  # Figure 6
+    assert (s.mask_ratio, s.lambda_infonce, s.sigma_max) == (0.25, 1, 0)
+
+
+def test_simclr_colours_have_strength_1():
+    s = can_settings()
+    colours = can.simclr_colours(s.strength)
+    assert colours.jitter == (0.8, 0.8, 0.8, 0.2)
+    assert (colours.p_jitter, colours.p_gray, colours.p_blur, colours.p_solarize) == (0.8, 0.2, 0.5, 0)
+    assert can.simclr_colours(can_settings("--methods", "mae").strength) is None  # He et al.: crop and flip
+
+
+@pytest.mark.parametrize("lambda_infonce, lam", [(0.03, 0.7), (0, 0.7), (0.03, 0), (0.03, 1), (1, 0.7)])
+def test_loss_weights_sum_to_1(lambda_infonce, lam):
+    c, rec, denoise = can.loss_weights(can.Settings(lambda_infonce=lambda_infonce, lam=lam))
+    assert c == lambda_infonce and c + rec + denoise == pytest.approx(1, rel=1e-12) and min(rec, denoise) >= 0
+    assert rec * (1 - lam) == pytest.approx(denoise * lam, abs=1e-15)
+
+
+def can_inputs(s, n=6):
+    x, e = (normal(n, s.views, 3, 16, 16, seed=seed) for seed in (1, 2))
+    noise = torch.rand(n, s.views, 16, generator=torch.Generator().manual_seed(3))
+    sigma = s.sigma_max * torch.rand(n, s.views, generator=torch.Generator().manual_seed(4)).double()
+    return x, noise, sigma, e
+
+
+def test_can_contrast_is_a_loop_over_the_formula():
+    s, model = tiny_can()
+    y, zero = normal(6, 2, 16), torch.zeros(6, dtype=torch.float64)
+    loss, log = model.objective(y, zero, zero)
+    u = model.projector(y.transpose(0, 1).flatten(0, 1)).detach()  # views one after the other
+    u = F.normalize(u, dim=1).view(2, 6, 8)
+    total = 0
+    for v in range(2):
+        for i in range(6):
+            positive = math.exp(u[0, i] @ u[1, i] / 0.1)
+            negatives = [math.exp(u[v, i] @ u[w, j] / 0.1) for w in range(2) for j in range(6) if j != i]
+            assert len(negatives) == 2 * 6 - 2
+            total -= math.log(positive / (positive + sum(negatives))) / (2 * 6)
+    assert log["infonce"].item() == pytest.approx(total, rel=1e-12)
+    assert loss.item() == pytest.approx(0.3 * total, rel=1e-12)
+
+
+def test_can_projector_has_two_hidden_layers():
+    kinds = [(type(m), *m.weight.shape) for m in tiny_can()[1].projector if hasattr(m, "weight")]
+    norm = (common.BatchNorm, 16)
+    assert kinds == [(nn.Linear, 16, 16), norm, (nn.Linear, 16, 16), norm, (nn.Linear, 8, 16)]
+
+
+def test_can_objective_is_the_weighted_sum_of_its_losses():
+    s, model = tiny_can()
+    inputs = model.encode(*can_inputs(s))
+    loss, log = model.objective(*inputs)
+    assert list(log) == ["infonce", "rec", "denoise"]
+    expected = 0.3 * log["infonce"] + 0.7 * 0.7 * log["rec"] + 0.7 * 0.3 * log["denoise"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(noisy_target=True), dict(norm_pix=True), dict(mask_ratio=0.0)])
+def test_can_losses_are_loops_over_the_formulas(variant):
+    """Removed patches have the clean (or noisy) view as target, kept ones sigma e."""
+    s, model = tiny_can(**variant)
+    x, noise, sigma, e = can_inputs(s)
+    with mock.patch.object(model, "decode", side_effect=model.decode) as decode:
+        _, rec, denoise = model.encode(x, noise, sigma, e)
+    z, _, of_decoder = decode.call_args.args
+    kept = 16 if s.mask_ratio == 0 else 8
+    assert z.shape == (12, 1 + kept, 16) and error(of_decoder, sigma.flatten()) == 0
+    x_hat = model.decode(*decode.call_args.args)
+    for i in range(6):
+        expected = dict(rec=0.0, denoise=0.0)
+        for v in range(2):
+            keep = set(noise[i, v].argsort()[:kept].tolist())
+            for t in range(16):
+                row, column = 4 * (t // 4), 4 * (t % 4)
+                cut = lambda image: image[:, row : row + 4, column : column + 4].permute(1, 2, 0).flatten()
+                added = sigma[i, v] * cut(e[i, v])
+                target = cut(x[i, v]) + (added if s.noisy_target else 0)
+                if s.norm_pix:
+                    target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+                name, aim = ("denoise", added) if t in keep else ("rec", target)
+                count = kept if t in keep else 16 - kept
+                expected[name] += ((aim - x_hat[2 * i + v, t]) ** 2).mean().item() / count / 2
+        assert rec[i].item() == pytest.approx(expected["rec"], rel=1e-10)
+        assert denoise[i].item() == pytest.approx(expected["denoise"], rel=1e-10)
+
+
+def test_the_encoder_sees_the_noisy_kept_patches_alone():
+    s, model = tiny_can()
+    x, noise, sigma, e = can_inputs(s)
+    y, *_ = model.encode(x, noise, sigma, e)
+    for i, v in ((0, 0), (3, 1)):
+        view = (x + sigma[..., None, None, None] * e)[i, v][None]
+        tokens = model.f(view, noise[i, v].argsort()[None, :8])
+        assert error(y[i, v], tokens[0, 1:].mean(0)) < 1e-12
+    with pytest.raises(AssertionError):
+        assert error(y[0, 0], model.f(x[0, :1], noise[0, :1].argsort()[:, :8])[0, 1:].mean(0)) < 1e-3  # the clean view
+
+
+def test_mae_by_settings_is_maes_loss():
+    s, model = tiny_can(**can.METHODS["mae"])
+    x, noise, sigma, e = can_inputs(s)
+    _, rec, _ = model.encode(x, noise, 0 * sigma, e)
+    ids_keep, ids_restore, mask = common.random_masking(noise[:, 0], 0.75)
+    pred = model.decoder(model.f(x[:, 0], ids_keep), ids_restore)
+    assert error(rec, common.mae_loss(pred, x[:, 0], mask, norm_pix=False)) < 1e-12
+    loss, log = model.objective(*model.encode(x, noise, 0 * sigma, e))
+    assert loss.item() == pytest.approx(rec.mean().item(), rel=1e-12) and list(log) == ["rec"]
+    assert model.projector is None and model.level is None
+
+
+def test_simclr_pays_for_no_decoder_and_sees_full_views():
+    s, model = tiny_can(**can.METHODS["simclr"])
+    assert model.decoder is None and model.level is None
+    x, noise, sigma, e = can_inputs(s)
+    y, rec, denoise = model.encode(x, noise, 0 * sigma, e)
+    assert error(y[:, 1], model.f.pooled(model.f(x[:, 1]))) < 1e-12 and not rec.any() and not denoise.any()
+    loss, log = model.objective(y, rec, denoise)
+    assert list(log) == ["infonce"] and loss == log["infonce"]
+
+
+def test_level_embedding_is_sinusoids_and_an_mlp():
+    level, sigma = randomized(can.LevelEmbedding(8, 0.05)), torch.tensor([0, 0.013, 0.05], dtype=torch.float64)
+    rows = []
+    for value in sigma.tolist():
+        angles = [1000 * value / 0.05 / 10000 ** (i / 4) for i in range(4)]
+        rows.append([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+    first, _, second = level.mlp
+    hidden = (torch.tensor(rows, dtype=torch.float64) @ first.weight.T + first.bias).clamp(min=0)
+    assert first.weight.shape == second.weight.shape == (8, 8)
+    assert error(level(sigma), hidden @ second.weight.T + second.bias) < 1e-12
+
+
+def test_the_level_reaches_every_token_mask_tokens_included():
+    s, model = tiny_can(decoder_depth=0)  # no attention: a token's output is of that token alone
+    z, sigma = normal(1, 1 + 8, 16), torch.tensor([0.2], dtype=torch.float64)
+    ids_restore = torch.randperm(16, generator=torch.Generator().manual_seed(0))[None]
+    found = model.decode(z, ids_restore, sigma)
+    d, p = model.decoder, model.level(sigma)
+    for t in range(16):
+        place = ids_restore[0, t].item()
+        shift = d.decoder_embed.weight @ p[0]
+        token = d.decoder_embed(z[0, 1 + place] + p[0]) if place < 8 else d.mask_token[0, 0] + shift
+        assert error(found[0, t], d.decoder_pred(d.decoder_norm(token + d.decoder_pos_embed[0, 1 + t]))) < 1e-10
+    assert ((found - model.decode(z, ids_restore, 2 * sigma)).abs().amax(-1) > 1e-6).all()
+    unaware = tiny_can(level_embedding=False)[1]
+    assert torch.equal(unaware.decode(z, ids_restore, sigma), unaware.decode(z, ids_restore, 2 * sigma))
+
+
+@pytest.fixture(scope="module")
+def can_draws(tmp_path_factory):
+    """What the loop hands to `encode` in two steps of 128 images: views, masks' noise, levels, noise."""
+    s, model = tiny_can(torch.float32, batch=128, out=str(tmp_path_factory.mktemp("draws") / "run"))
+    seen, real = [], can.CAN.encode
+
+    def encode(self, *inputs):
+        seen.append(inputs)
+        return real(self, *inputs)
+
+    with mock.patch.object(can.CAN, "encode", encode), contextlib.redirect_stdout(io.StringIO()):
+        can.pretrain(common.Run(s, CPU), "can", model, tiny_images(256), s)
+    assert len(seen) == 2
+    return seen
+
+
+def test_the_two_masks_are_independent_and_hold_half_of_the_patches(can_draws):
+    masks = [common.random_masking(noise.flatten(0, 1), 0.5)[2].view(128, 2, 16) for _, noise, _, _ in can_draws]
+    masks = torch.stack(masks)
+    assert (masks.sum(-1) == 8).all()
+    assert not torch.equal(masks[0], masks[1])
+    both = (masks[:, :, 0] * masks[:, :, 1]).sum(-1)  # hypergeometric: 8 draws from 16, 8 of them good
+    expected = scipy.stats.hypergeom(16, 8, 8)
+    assert abs(both.mean().item() - expected.mean()) < 4 * expected.std() / math.sqrt(256)
+    assert both.var().item() == pytest.approx(expected.var(), rel=0.4)
+
+
+def test_levels_are_uniform_and_noise_is_normal_a_view(can_draws):
+    sigma = torch.stack([d[2] for d in can_draws])
+    assert scipy.stats.kstest(sigma.flatten() / 0.5, "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(sigma[..., 0].flatten(), sigma[..., 1].flatten())[0, 1]) < 0.2
+    e = torch.stack([d[3] for d in can_draws])[:, :, :, 0].flatten(3)  # one colour
+    assert scipy.stats.kstest(e[:, ::16].flatten(), "norm").pvalue > 0.01
+    views = torch.corrcoef(e.transpose(1, 2).flatten(2).flatten(0, 1))  # views of both steps
+    assert (views - torch.eye(4)).abs().max() < 4 / math.sqrt(128 * 256)
+
+
+def test_keyed_gaussians_do_not_depend_on_how_rows_are_split():
+    rows = torch.arange(6)
+    whole = can.gaussian((0, "e"), rows, 3, 5, device=CPU)
+    assert whole.shape == (6, 3, 5) and whole.isfinite().all()
+    assert torch.equal(torch.cat([can.gaussian((0, "e"), r, 3, 5, device=CPU) for r in rows.split(2)]), whole)
+    many = can.gaussian((0, "e"), torch.arange(2000), 51, device=CPU)
+    assert scipy.stats.kstest(many.flatten(), "norm").pvalue > 0.01
+    assert abs(np.corrcoef(many[:, 0], many[:, 26])[0, 1]) < 0.1  # sine and cosine of one angle
+
+
+def test_jft_epochs_are_counted_in_imagenets_images(tmp_path):
+    s, model = tiny_can(torch.float32, out=str(tmp_path / "run"), epochs=2, epoch_images=40)
+    with contextlib.redirect_stdout(io.StringIO()):
+        can.pretrain(common.Run(s, CPU), "can", model, tiny_images(16), s)  # 16 images are two steps, 40 are five
+    assert len(log_of(tmp_path / "run")) == 10
+
+
+def can_multiply_adds(s, d, depth, hidden, out):
+    """A step's multiply-adds per image from the layers' sizes, and the batch's logits for two images."""
+    patch = int(s.model.lstrip("vitnaol_"))
+    patches = (s.image_size // patch) ** 2
+    kept = int(patches * (1 - s.mask_ratio))
+    blocks = lambda tokens, d, depth: depth * (12 * tokens * d**2 + 2 * tokens**2 * d)
+    forward = blocks(kept + 1, d, depth)
+    leaves = patches * 3 * patch**2 * d  # layers on the input: no gradient flows on to it
+    if s.lambda_infonce < 1:
+        D = s.decoder_dim
+        forward += (kept + 1) * d * D + blocks(patches + 1, D, s.decoder_depth) + (patches + 1) * D * 3 * patch**2
+        if s.sigma_max and s.level_embedding:
+            forward += d**2 + d * D
+            leaves += d**2
+    forward, leaves = s.views * forward, s.views * leaves
+    if s.lambda_infonce:
+        forward += 2 * (d * hidden + hidden**2 + hidden * out) + 2 * 4 * out
+    return 3 * forward + 2 * leaves
+
+
+@pytest.mark.parametrize("method", can.METHODS)
+def test_multiply_adds_of_a_step_by_arithmetic(method):
+    sizes = dict(model="vit_nano8", image_size=32, projector_hidden=64, decoder_dim=32, decoder_depth=2, decoder_heads=2)
+    s = can.Settings(**(can.METHODS[method] | sizes))
+    found, before = can.multiply_adds(model := can.CAN(s)), copy.deepcopy(model.state_dict())
+    assert found == pytest.approx(can_multiply_adds(s, 128, 6, 64, 128), rel=1e-12)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_simclr_costs_70_percent_more_than_can_at_the_papers_size():
+    cost = {m: can_multiply_adds(can.Settings(**can.METHODS[m]), 1024, 24, 4096, 128) for m in ("can", "simclr")}
+    assert 1.5 < cost["simclr"] / cost["can"] < 2.0  # abstract: 70 % more
+
+
+# A whole run in a second, as TINY: 2 steps an epoch, 4 steps a method
+CAN = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --batch 8 --epochs 2
+    --warmup_epochs 1 --lr 1e-3 --projector_hidden 16 --projector_dim 8 --precision float32 --workers 0""".split()
+
+
+def test_can_leaves_its_files_and_resumes_to_the_same(folders, tmp_path):
+    flags = [*CAN, "--data", folders / "labelled", "--methods", "can,simclr,mae", "--save_every", 1]
+    printed = main(*flags, "--out", tmp_path / "whole", program=can)
+    names = "config.json log.jsonl last.pt can.pt simclr.pt mae.pt encoder.pt results.json can.png mae.png".split()
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert list(results) == ["can", "simclr", "mae"] and "simclr" in printed
+    assert all(row.keys() >= {"knn", "probe", "madds/M"} for row in results.values())
+    steps = [e for e in log_of(tmp_path / "whole") if e["stage"] == "can"]
+    assert len(steps) == 4 and all({"infonce", "rec", "denoise"} <= e.keys() for e in steps)
+    for step in (1, 6, 10):
+        break_at(step, *flags, "--out", tmp_path / str(step), program=can)
+        main("--out", tmp_path / str(step), "--resume", program=can)
+        same_weights(tmp_path / str(step), tmp_path / "whole", ("can.pt", "simclr.pt", "mae.pt", "encoder.pt"))
+        assert json.loads((tmp_path / str(step) / "results.json").read_text()).keys() == results.keys()
+    assert common.load_encoder(tmp_path / "whole" / "encoder.pt").pool == "mean"
+
+
+def test_can_alone_is_can_beside_others(folders, tmp_path):
+    for name, methods in (("alone", "can"), ("beside", "simclr,can")):
+        main(*CAN, "--data", folders / "flat", "--methods", methods, "--out", tmp_path / name, program=can)
+    same_weights(tmp_path / "alone", tmp_path / "beside", ["can.pt"])
+
+
+def test_the_cost_of_a_can_step_is_that_of_its_table(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = main(*CAN, "--cost", "--methods", "can,simclr", program=can)
+    assert "madds/M" in printed and "simclr" in printed and not list(tmp_path.iterdir())
+
+
+@slow
+def test_the_short_can_run_learns(tmp_path):
+    main("--short", "--methods", "can", "--out", tmp_path / "run", program=can)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["can"]["knn"] > 15  # chance is 10
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -3401,6 +3742,24 @@ BAD_CMAE = [
     ([*CMAE_FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
     ([*CMAE_TINY, "--data", "labelled", "--finetune_batch", "64"], "--finetune_batch 64"),
 ]
+CAN_FLAT = [*CAN, "--data", "flat"]
+BAD_CAN = [
+    ([*CAN, "--data", "no/such"], "--data no/such: no such folder"),
+    ([*CAN_FLAT, "--methods", "can,byol"], "--methods can,byol: choose"),
+    ([*CAN_FLAT, "--methods", "can,can"], "--methods can,can: choose"),
+    ([*CAN_FLAT, "--methods", "can,mae", "--mask_ratio", "0.6"], "--mask_ratio belongs to one method"),
+    ([*CAN_FLAT, "--lambda_infonce", "1.5"], "--lambda_infonce 1.5: choose a number from 0 to 1"),
+    ([*CAN_FLAT, "--lam", "-1"], "--lam -1: choose a number from 0 to 1"),
+    ([*CAN_FLAT, "--mask_ratio", "1"], "--mask_ratio 1 keeps none of 4"),
+    ([*CAN_FLAT, "--mask_ratio", "0.9"], "--mask_ratio 0.9 keeps none of 4 patches"),
+    ([*CAN_FLAT, "--temperature", "0"], "--temperature 0"),
+    ([*CAN_FLAT, "--sigma_max", "-0.1"], "--sigma_max -0.1: above 0"),
+    ([*CAN_FLAT, "--views", "1"], "--views 1: choose 2"),
+    ([*CAN_FLAT, "--lambda_infonce", "0", "--lam", "0", "--sigma_max", "0"], "no loss is left"),
+    ([*CAN_FLAT, "--epoch_images", "4"], "--epoch_images 4 is less than the batch of 8"),
+    ([*CAN_FLAT, "--batch", "17"], "batch 17 is larger than the training set (16 images"),
+    ([*CAN_FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
+]
 BAD_EVAL = [
     (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--blocks", "7", "--workers", "0"], "--blocks 7"),
     (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
@@ -3423,7 +3782,7 @@ BAD_EVAL = [
 ]
 
 
-PROGRAMS = [(mae_ct, BAD), (cmae, BAD_CMAE), (protocols, BAD_EVAL)]
+PROGRAMS = [(mae_ct, BAD), (can, BAD_CAN), (cmae, BAD_CMAE), (protocols, BAD_EVAL)]
 PROGRAMS += [(mim_refiner, [([*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER])]
 PROGRAMS += [(vicmae, [([*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE])]
 
