@@ -43,7 +43,7 @@ class Settings(RunSettings):
     """Defaults are those of 4.1 for every size: ViT-S, ViT-B and ViT-L share one recipe (4.6)."""
 
     model: str = "vit_b16"  # 4.1; vit_s16 and vit_l16 in 4.6
-    stages: str = "cmae"  # "mae" is the same loop without the contrastive part; "mae,cmae" is both, one after the other
+    methods: str = "cmae"  # "mae" is the same loop without the contrastive part; "mae,cmae" is both, one after the other
     stem: str = "patch"  # "conv": the hybrid convolutional ViT of 4.1, CMAE*
     pool: str = "mean"  # of the finished encoder; Eq. 2 and 4 average the patches
 
@@ -90,7 +90,7 @@ COLOUR = Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.
 
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
-    model="vit_nano8", image_size=48, stages="mae,cmae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
+    model="vit_nano8", image_size=48, methods="mae,cmae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
     epochs=20, batch=128, lr=2e-3, warmup_epochs=2, shift=8, head_hidden=512, head_dim=128, ema=0.99,
     finetune_epochs=4, finetune_lr=1e-2, finetune_batch=128,  # chosen on MAE's encoder alone
 )  # fmt: skip
@@ -205,7 +205,7 @@ def contrastive_loss(y_p, z_p, temperature, loss="infonce"):
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-def pretrain(run, stage, online, target, images, lambda_c):
+def pretrain(run, method, online, target, images, lambda_c):
     """Section 3. With lambda_c = 0 it is MAE: one crop an image, and the target side is never computed."""
     s, F_s = run.settings, online.F_s
     views = views_of(s) if lambda_c else [View(s.image_size, (s.scale_min, 1.0))]
@@ -229,8 +229,8 @@ def pretrain(run, stage, online, target, images, lambda_c):
         L_c = contrastive_loss(y_p, z_p, s.temperature, s.loss)
         return lambda_c * L_c, dict(contrast=L_c.detach())  # Eq. 8: `backward` adds L_r
 
-    for data in run.steps(stage, images, views, s.batch, s.epochs, state):
-        key = (s.seed, stage, run.step)
+    for data in run.steps(method, images, views, s.batch, s.epochs, state):
+        key = (s.seed, method, run.step)
         noise = uniform((*key, "mask"), data.rows, patches // s.mask_block**2, device=run.device)
         noise_s = block_noise(noise, F_s.grid, s.mask_block)
         if lambda_c:
@@ -267,12 +267,12 @@ def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), {stage: (Online, Target)}.
+        settings, device, train, val (None without labels), {method: (Online, Target)}.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
-    stages = s.stages.split(",")
-    if not s.stages or stages != [x for x in ("mae", "cmae") if x in stages]:
-        raise InputError(f"--stages {s.stages}: choose mae, cmae or mae,cmae")
+    methods = s.methods.split(",")
+    if not s.methods or methods != [x for x in ("mae", "cmae") if x in methods]:
+        raise InputError(f"--methods {s.methods}: choose mae, cmae or mae,cmae")
     for name, choices in dict(stem=("patch", "conv"), pool=("cls", "mean"), loss=("infonce", "byol")).items():
         if getattr(s, name) not in choices:
             raise InputError(f"--{name} {getattr(s, name)}: choose {' or '.join(choices)}")
@@ -289,13 +289,13 @@ def prepare(argv):
         raise InputError(f"--feature_depth {s.feature_depth}: {limits}")
     device = start()
     models = {}
-    for stage in stages:
-        torch.manual_seed(s.seed)  # both stages start alike
+    for method in methods:
+        torch.manual_seed(s.seed)  # both start alike
         online = Online(s)
         online.F_s.checkpoint_blocks = s.checkpoint_blocks
         if s.init:
             init_encoder(online.F_s, s.init)
-        models[stage] = [m.to(device) for m in (online, Target(online))]
+        models[method] = [m.to(device) for m in (online, Target(online))]
     side = online.F_s.grid[0]
     if s.mask_block < 1 or side % s.mask_block:
         raise InputError(f"--mask_block {s.mask_block}: expected a divisor of the grid of {side} patches a side")
@@ -310,18 +310,18 @@ def prepare(argv):
 
 
 def main(argv):
-    """The stages of `--stages`, each with its evaluation where the data has labels, and the closing table."""
+    """The methods of `--methods`, each with its evaluation where the data has labels, and the closing table."""
     s, device, train, val, models = prepare(argv)
     run = Run(s, device)
-    for stage, (online, target) in models.items():
-        pretrain(run, stage, online, target, train, s.lambda_c if stage == "cmae" else 0.0)
-        file = run.folder / ("encoder.pt" if stage == list(models)[-1] else f"{stage}.pt")
+    for method, (online, target) in models.items():
+        pretrain(run, method, online, target, train, s.lambda_c if method == "cmae" else 0.0)
+        file = run.folder / ("encoder.pt" if method == list(models)[-1] else f"{method}.pt")
         if rank() == 0 and not file.exists():
             save_encoder(file, online.F_s)
-        if val and stage not in run.results:
+        if val and method not in run.results:
             tuned = finetune(online.F_s, train, val, 1, s.finetune_epochs, s.finetune_lr, device, run.precision,
                              run.workers, s.finetune_batch)  # fmt: skip
-            run.report(stage, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
+            run.report(method, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
     if rank() == 0:
         picture(run.folder / "views.png", online, val or train, s, device)
     run.close()

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -829,6 +828,8 @@ class Videos(Images):
         if path.is_dir():  # 2.png comes before 10.png
             number = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
             frames = sorted((f for f in os.listdir(path) if Path(f).suffix.lower() in SUFFIXES), key=number)
+            if not frames:
+                raise OSError("no frames")
             return len(frames), lambda frame: Image.open(path / frames[frame])
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             return 1, lambda frame: Image.open(path)
@@ -852,19 +853,22 @@ class Videos(Images):
         """Images of `count` frames of each video, evenly spread, one video after the other."""
         labels = self.labels.repeat_interleave(count)
         if self.pixels is None:
-            return Images(labels, self.classes, dataset=_Stills(self, count))
+            return _Stills(labels, self.classes, videos=self, count=count)
         frames = ((torch.arange(count) + 0.5) * self.pixels.shape[1] / count).long()
         return Images(labels, self.classes, pixels=self.pixels[:, frames].flatten(0, 1))
 
 
 @dataclass
-class _Stills:
-    videos: Videos
-    count: int
+class _Stills(Images):
+    videos: Videos = None
+    count: int = 1
 
-    def __getitem__(self, i):
+    def name(self, i):
+        return self.videos.name(i // self.count)
+
+    def open(self, i):
         length, read = self.videos.open_clip(i // self.count)
-        return read(int((i % self.count + 0.5) * length / self.count)), -1
+        return read(int((i % self.count + 0.5) * length / self.count)).convert("RGB")
 
 
 def sample_frames(noise, length, gap=-1):
@@ -874,9 +878,9 @@ def sample_frames(noise, length, gap=-1):
     the same frame twice. A video of one frame gives that twice, a short one its last frame.
     """
     if gap < 0:
-        low = torch.tensor([0, length // 2])
-        high = torch.tensor([max(1, length // 2), length])
-        return (low + (noise.cpu() * (high - low)).long()).to(noise.device)
+        half = length // 2
+        first, second = (noise[:, 0] * max(1, half)).long(), half + (noise[:, 1] * (length - half)).long()
+        return torch.stack([first, second], 1)
     first = (noise[:, 0] * max(length - gap, 1)).long()
     second = first + (gap > 0) + (noise[:, 1] * gap).long()
     return torch.stack([first, second.clamp(max=length - 1)], 1)
@@ -929,27 +933,33 @@ def load_videos(data, split, labels=False):
     of_class = folder != root
     if labels and not of_class:
         raise InputError(f"--data {data}: labels are needed, but there is no train/ and val/ with one folder per class")
-    files = []
+    clips, folders, stills = [], [], []
     for at, _, found in os.walk(folder, followlinks=True):
-        images = [os.path.join(at, f) for f in found if Path(f).suffix.lower() in SUFFIXES]
+        of_type = lambda suffixes: (os.path.join(at, f) for f in found if os.path.splitext(f)[1].lower() in suffixes)
+        clips += of_type(VIDEO_SUFFIXES)
         depth = len(Path(os.path.relpath(at, folder)).parts)
-        files += images if depth <= of_class else [at] if images else []
-        files += [os.path.join(at, f) for f in found if Path(f).suffix.lower() in VIDEO_SUFFIXES]
+        if depth <= of_class:
+            stills += of_type(SUFFIXES)
+        elif next(of_type(SUFFIXES), None):
+            folders.append(at)
+    files = sorted(clips + folders + stills)
     if not files:
         raise InputError(f"--data {data}: no folders of frames, video files or images in {folder}")
-    clips = [f for f in files if Path(f).suffix.lower() in VIDEO_SUFFIXES and not Path(f).is_dir()]
-    if clips and importlib.util.find_spec("torchcodec") is None:
-        raise InputError(
-            f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec (pip install torchcodec); or make "
-            "folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
-        )
-    files.sort()
-    classes = [os.path.relpath(f, folder).split(os.sep)[0] for f in files]
-    if not of_class or any(os.path.dirname(f) == str(folder) and not Path(f).is_dir() for f in files):
-        return Videos(torch.full((len(files),), -1), [], files=np.array([os.fsencode(f) for f in files]))
-    names = sorted(set(classes))
-    labels = torch.tensor([names.index(c) for c in classes])
-    return Videos(labels, names, files=np.array([os.fsencode(f) for f in files]))
+    if clips:
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
+            raise InputError(
+                f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg (pip install torchcodec); "
+                "or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
+            ) from e
+    of_file = [os.path.relpath(f, folder).split(os.sep)[0] for f in files]
+    loose = any(os.path.dirname(f) == str(folder) for f in clips + stills)
+    classes = sorted(set(of_file)) if of_class and not loose else []
+    number = {c: i for i, c in enumerate(classes)}
+    kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
+    print0(f"{folder}: {kinds}, " + (f"{len(classes)} classes" if classes else "no labels"))
+    return Videos(torch.tensor([number.get(c, -1) for c in of_file]), classes, files=np.array([os.fsencode(f) for f in files]))
 
 
 class _Noise:
@@ -1659,8 +1669,8 @@ class Run:
             return Path(self.scratch.name)
         if self.settings.out:
             folder = Path(self.settings.out)
-            if (folder / "config.json").exists() and not self.settings.resume:
-                raise InputError(f"--out {folder} holds a run: add --resume to go on with it, or choose another folder")
+            if not self.settings.resume and folder.is_dir() and any(folder.iterdir()):
+                raise InputError(f"--out {folder} holds a run or other files: add --resume to go on, or choose another folder")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:

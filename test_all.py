@@ -1553,8 +1553,8 @@ def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="labels are needed"):
         common.load_videos(str(tmp_path / "set/train"), "train", labels=True)
     (tmp_path / "set/train/a/film.mp4").write_bytes(b"no film")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="1 video files such as .*film.mp4 need torchcodec .*ffmpeg -i"):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)  # as if it were not installed
+    with pytest.raises(InputError, match="1 video files such as .*film.mp4 need torchcodec and FFmpeg.*ffmpeg -i"):
         common.load_videos(str(tmp_path / "set"), "train")
 
 
@@ -1574,7 +1574,6 @@ def test_only_the_sampled_frames_of_a_video_file_are_decoded(tmp_path, monkeypat
             decoded.append((self.i, frame))
             return clips[self.i, frame]
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     for name in ("torchcodec", "torchcodec.decoders"):
         monkeypatch.setitem(sys.modules, name, argparse.Namespace(VideoDecoder=Decoder))
     for i in range(4):
@@ -2802,7 +2801,7 @@ def test_cmae_settings_are_those_of_the_paper():
     assert (s.decoder_dim, s.decoder_depth, s.decoder_heads, s.mask_ratio, s.norm_pix) == (512, 8, 16, 0.75, True)
     assert (s.feature_depth, s.share_decoder, s.target_mask_ratio, s.shift) == (2, False, 0, 32)  # Tables 4c, 4e, 3.2
     assert (s.temperature, s.lambda_c, s.ema, s.loss) == (0.07, 1, 0.996, "infonce")  # 3.1, 3.3
-    assert (s.stages, s.finetune_epochs, s.finetune_lr) == ("cmae", 100, 2.5e-4)  # 4.2
+    assert (s.methods, s.finetune_epochs, s.finetune_lr) == ("cmae", 100, 2.5e-4)  # 4.2
     short = common.parse_settings(cmae.Settings, cmae.presets, ["--data", "folder", "--epochs", "300"], cmae.__doc__)
     assert (short.epochs, short.finetune_lr) == (300, 5e-4)
 
@@ -3081,7 +3080,7 @@ CMAE_TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_dept
 
 def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_path):
     out, data = tmp_path / "run", folders / "labelled"
-    printed = main(*CMAE_TINY, "--stages", "mae,cmae", "--stem", "conv", "--data", data, "--out", out, program=cmae)
+    printed = main(*CMAE_TINY, "--methods", "mae,cmae", "--stem", "conv", "--data", data, "--out", out, program=cmae)
     files = "config.json log.jsonl last.pt mae.pt encoder.pt results.json views.png"
     assert {f.name for f in out.iterdir()} == set(files.split())
     results = json.loads((out / "results.json").read_text())
@@ -3102,7 +3101,7 @@ def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, t
 
 @pytest.mark.parametrize("step", [6, 9, 11])  # a stage's first step, the middle, the run's last step
 def test_a_cmae_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tmp_path, step):
-    flags, whole = [*CMAE_TINY, "--data", folders / "labelled", "--stages", "mae,cmae"], folders / "whole_cmae"
+    flags, whole = [*CMAE_TINY, "--data", folders / "labelled", "--methods", "mae,cmae"], folders / "whole_cmae"
     if not whole.exists():
         main(*flags, "--out", whole, program=cmae)
     break_at(step, *flags, "--out", tmp_path / "run", program=cmae)
@@ -3714,6 +3713,8 @@ BAD_VICMAE = [
     (["--gap", "-2"], "--gap -2: choose"),
     (["--temperature", "0"], "--temperature 0: choose"),
     (["--crop_min", "0"], "--crop_min 0: fractions"),
+    (["--mask_ratio", "0.9"], "--mask_ratio 0.9 keeps none of 4 patches"),
+    (["--contrast_from", "3"], "--contrast_from 3 leaves no epoch of 3"),
     (["--data", "no/such"], "--data no/such: no such folder"),
     (["--data", "empty"], "--data empty: no folders of frames"),
     (["--images", "flat"], "--data flat: labels are needed"),
@@ -3722,8 +3723,8 @@ BAD_VICMAE = [
 ]
 CMAE_FLAT = [*CMAE_TINY, "--data", "flat"]
 BAD_CMAE = [
-    ([*CMAE_FLAT, "--stages", "cmae,mae"], "--stages cmae,mae: choose"),
-    ([*CMAE_FLAT, "--stages", ""], "--stages"),
+    ([*CMAE_FLAT, "--methods", "cmae,mae"], "--methods cmae,mae: choose"),
+    ([*CMAE_FLAT, "--methods", ""], "--methods"),
     ([*CMAE_FLAT, "--stem", "fc"], "--stem fc: choose patch or conv"),
     ([*CMAE_FLAT, "--stem", "conv", "--model", "vit_nano2"], "divisible by 4, not 2"),
     ([*CMAE_FLAT, "--loss", "vicreg"], "--loss vicreg: choose"),

@@ -13,16 +13,16 @@ The encoder is one for single images; what it learned from videos is judged on i
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 vicmae.py --data /path/to/kinetics
 
 Easy to get wrong:
-  - The feature that is contrasted is the pooled patches, not [CLS], which no loss of ViC-MAE ever touches.
+  - The feature that is contrasted is the pooled patches, not [CLS], which ViC-MAE neither contrasts nor reconstructs.
   - Both branches share encoder and projector, and both get the gradient: there is no momentum encoder, no stop-gradient.
   - The projector ends in a ReLU (A); vectors of unit length with no negative entry are never more than at right angles.
   - Only the first frame is reconstructed (Eq. 6). Crop (0.5-1) and flip are all the augmentation (Table 6).
-  - A frame's positive is the sample at the same place of the global batch, whatever rank holds it: 2N - 2 negatives.
+  - Negatives are both frames of the other videos of all ranks: 2N - 2, gathered with gradient.
   - Distant sampling takes one frame from each half; a gap takes the second within so many frames after the first.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from torch import nn
 from common import (
     BatchNorm, Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
     check_batch, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize, nt_xent,
-    parameter_groups, parse_settings, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes, uniform,
+    parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes, uniform,
     warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
@@ -74,7 +74,7 @@ SHAPES = dict(
     decoder_heads=4, epochs=80, batch=200, lr=2e-3, warmup_epochs=8, contrast_from=20, contrast_weight=0.1,
 )  # fmt: skip
 
-# Table 6: jitter, gray and blur, whose strengths are not printed: those of BYOL
+# Table 6: jitter, gray and blur, whose strengths are not printed: chosen
 COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
 
@@ -169,10 +169,10 @@ def vicreg(p, z, gamma=1.0, epsilon=1e-4, invariance=25.0, variance=25.0, covari
 
 
 def pretrain(run, method, f, decoder, branch, videos):
-    """L = L_MASK + lambda · L_NEG (3.3), or with one of 3.2's losses in its place; "mae" has lambda = 0 throughout."""
+    """L = L_MASK + lambda · L_NEG (3.3), or with one of 3.2's losses in its place; "mae" is MAE on random frames."""
     s = run.settings
-    peak = s.lr * s.batch / 256
-    optimizer = adamw(parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay))
+    peak = s.lr * s.batch / 256  # A
+    optimizer = adamw(parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay))  # Table 7's momenta
     state = dict(encoder=f, decoder=decoder, branch=branch, optimizer=optimizer)
     patches = math.prod(f.grid)
 
@@ -182,8 +182,8 @@ def pretrain(run, method, f, decoder, branch, videos):
         x = x.flatten(0, 1)  # a video's frames side by side
         ids_keep, ids_restore, mask = random_masking(noise.flatten(0, 1), s.mask_ratio)
         tokens = f(x, ids_keep)  # [N · F, 1 + K, D]
-        shown = slice(None, None, 1 if s.reconstruct_both else frames)
-        loss = mae_loss(decoder(tokens[shown], ids_restore[shown]), x[shown], mask[shown], s.norm_pix)
+        first = slice(None, None, 1 if s.reconstruct_both else frames)  # the first frame of each video
+        loss = mae_loss(decoder(tokens[first], ids_restore[first]), x[first], mask[first], s.norm_pix)
         return branch.pool(tokens).unflatten(0, (n, frames)).unbind(1), loss.view(n, -1).mean(1)
 
     def contrast(y_i, y_j):
@@ -192,14 +192,14 @@ def pretrain(run, method, f, decoder, branch, videos):
             return simsiam(p_i, normalize(y_i), p_j, normalize(y_j))
         return vicreg(p_i, p_j) if method == "vicreg" else nt_xent(p_i, p_j, s.temperature)  # Eq. 7
 
-    views = [View(s.image_size, (s.crop_min, 1.0), s.flip)] * 2
+    videos = replace(videos, gap=0) if method == "mae" else videos  # one frame, from anywhere
+    views = [View(s.image_size, (s.crop_min, 1.0), s.flip)] * (1 if method == "mae" else 2)
     for data in run.steps(method, videos, views, s.batch, s.epochs, state):
         key = (s.seed, method, run.step)
         weight = 0.0 if method == "mae" or run.epoch < s.contrast_from else s.contrast_weight  # Table 7's schedule
-        x_i, x_j = data.views
-        x = [augment(x_i)]
-        if weight or s.reconstruct_both:
-            x.append(augment(x_j, COLOURS if s.color else None, uniform((*key, "colour"), data.rows, 13)))
+        x = [augment(data.views[0])]
+        if method != "mae" and (weight or s.reconstruct_both):
+            x.append(augment(data.views[1], COLOURS if s.color else None, uniform((*key, "colour"), data.rows, 13)))
         noise = uniform((*key, "mask"), data.rows, 2, patches, device=run.device)[:, : len(x)]
 
         def objective(y_i, y_j):
@@ -227,12 +227,12 @@ def report(run, name, encoder, images, videos, frames=4):
         encoder.pool = "mean"
         values |= dict(knn_cls=knn(*sets)["knn"], probe_cls=cached_probe(*sets)["probe"])
     if videos:
-        of_clips = lambda v: features(encoder, v.stills(frames), *where)[0].unflatten(0, (len(v), frames)).mean(1)
-        x, test_x = map(of_clips, videos)
-        for column, label in ("video_object", "labels"), ("video_motion", "motions"):
-            if getattr(videos[0], label) is not None:
-                y, test_y = (getattr(v, label).to(run.device) for v in videos)
-                values[column] = cached_probe(x, y, test_x, test_y)["probe"]
+        sets = [features(encoder, v.stills(frames), *where) for v in videos]
+        x, test_x = (x.unflatten(0, (-1, frames)).mean(1) for x, _ in sets)
+        values["video_object"] = cached_probe(x, sets[0][1][::frames], test_x, sets[1][1][::frames])["probe"]
+        if videos[0].motions is not None:
+            motions = [v.motions.to(run.device) for v in videos]
+            values["video_motion"] = cached_probe(x, motions[0], test_x, motions[1])["probe"]
     if values:
         run.report(name, values)
 
@@ -263,7 +263,7 @@ def models(s, method):
     if method == "simsiam":
         return encoder, decoder, Branch(encoder.dim, "cls", last=encoder.dim)
     pooling = "cls" if method == "vicreg" else s.pooling
-    return encoder, decoder, Branch(encoder.dim, pooling, last=2 * encoder.dim * s.projector_last)
+    return encoder, decoder, Branch(encoder.dim, pooling, last=2 * encoder.dim if s.projector_last else 0)
 
 
 def prepare(argv):
@@ -283,9 +283,13 @@ def prepare(argv):
     if not 0 < s.temperature < math.inf:
         raise InputError(f"--temperature {s.temperature:g}: choose a number above 0")
     if not 0 < s.mask_ratio < 1 or not 0 < s.crop_min <= 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio:g}, --crop_min {s.crop_min:g}: fractions above 0 and below 1 are expected")
+        raise InputError(f"--mask_ratio {s.mask_ratio:g}, --crop_min {s.crop_min:g}: fractions are expected")
+    if s.contrast_from >= s.epochs and methods != ["mae"]:
+        raise InputError(f"--contrast_from {s.contrast_from:g} leaves no epoch of {s.epochs:g} to the contrast: choose fewer")
     device = start()
-    models(s, methods[0])
+    patches = math.prod(models(s, methods[0])[0].grid)
+    if int(patches * (1 - s.mask_ratio)) < 1:
+        raise InputError(f"--mask_ratio {s.mask_ratio:g} keeps none of {patches} patches")
     train, val = load_splits(s.data, val=not s.cost, load=load_videos)
     train.gap = s.gap
     check_batch(s, train, s.batch)
@@ -301,19 +305,21 @@ def main(argv):
     """Each method's training, evaluation and picture, and the closing table."""
     s, device, train, videos, images = prepare(argv)
     run = Run(s, device)
+    if not images and not videos and not s.cost:
+        print0("nothing will be evaluated: --images names labelled images, or the videos need labels and a val/ folder")
     for method in s.methods.split(","):
         encoder, decoder, branch = (m.to(device) for m in models(s, method))
+        path, done = run.folder / f"{method}.pt", method in run.finished
         pretrain(run, method, encoder, decoder, branch, train)
-        path = run.folder / f"{method}.pt"
-        if path.exists():  # of a run that is resumed after this stage
+        if done:  # in the run that is resumed
             init_encoder(encoder, path)
-        elif rank() == 0:
-            picture_pairs(run.folder / f"{method}.png", encoder, decoder, train, run)
+        elif rank() == 0 and not s.cost:
             save_encoder(path, encoder)
-        if method not in run.results:
+            picture_pairs(run.folder / f"{method}.png", encoder, decoder, train, run)
+        if method not in run.results and not s.cost:
             report(run, method, encoder, images, videos)
     if rank() == 0:
-        save_encoder(run.folder / "encoder.pt", encoder)
+        save_encoder(run.folder / "encoder.pt", encoder)  # the last method's
     run.close()
 
 
