@@ -322,7 +322,7 @@ def main(argv):
             tuned = finetune(online.F_s, train, val, 1, s.finetune_epochs, s.finetune_lr, device, run.precision,
                              run.workers, s.finetune_batch)  # fmt: skip
             run.report(method, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
-    if rank() == 0:
+    if rank() == 0 and not s.cost:
         picture(run.folder / "views.png", online, val or train, s, device)
     run.close()
 

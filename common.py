@@ -925,7 +925,7 @@ def load_videos(data, split, labels=False):
     if data == "moving_shapes":
         return moving_shapes(split)
     if data == "random":
-        return load_images(data, split)
+        return Videos(load_images(data, split).labels, [])
     if not Path(data).is_dir():
         raise InputError(f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
     root, names = Path(data), ["train"] if split == "train" else ["val", "test"]

@@ -338,7 +338,7 @@ def main(argv):
         combined_pretraining(run, encoder, decoder, head, train)
     if rank() == 0 and not first.exists():
         save_encoder(first, encoder)
-        if {"mae", "combined"} & set(stages):
+        if {"mae", "combined"} & set(stages) and not s.cost:
             picture_reconstruction(run.folder / "reconstruction.png", encoder, decoder, val or train, s, device)
     before = "combined" if "combined" in stages else "mae"
     if val and before not in run.results:

@@ -2111,6 +2111,17 @@ def test_a_drawn_picture_holds_the_images_and_their_frames(tmp_path):
     assert red >= 4 * 16  # a frame around 16 x 16
 
 
+def test_drawn_curves_stand_where_their_values_are(tmp_path):
+    curves = {"a": ([1, 2, 3], [10, 30, 20]), "b": ([1, 3], [10.0, 30.0])}
+    common.draw_curves(tmp_path / "c.png", curves, "x", "y", width=400, height=300)
+    canvas = np.array(Image.open(tmp_path / "c.png"))
+    assert canvas.shape == (300, 400, 3)
+    left, right, top, bottom = 48, 400 - 16, 16, 300 - 40
+    blue, orange = ((canvas == c).all(-1) for c in ([70, 130, 180], [255, 140, 0]))  # steelblue, darkorange
+    assert blue[top, (left + right) // 2] and blue[(top + bottom) // 2, right] and orange[top, right]
+    assert orange[(top + bottom) // 2, (left + right) // 2] and orange[bottom, left]  # b is drawn last
+
+
 # --------------------------------------------------------------------------------------------------------- MAE-CT
 
 
@@ -3415,6 +3426,27 @@ def test_the_cost_of_a_can_step_is_that_of_its_table(folders, tmp_path, monkeypa
 def test_the_short_can_run_learns(tmp_path):
     main("--short", "--methods", "can", "--out", tmp_path / "run", program=can)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["can"]["knn"] > 15  # chance is 10
+
+
+# ----------------------------------------------------------------------------------------------------- all papers
+
+
+def test_cost_is_arithmetic_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # 4 patches of 8 x 8 in 16 x 16 pixels, of which one stays: 6 blocks of width 128, decoder of 1 block of 16
+    block = lambda tokens, d: 12 * tokens * d**2 + 2 * tokens**2 * d
+    forward = 6 * block(2, 128) + 2 * 128 * 16 + block(5, 16) + 5 * 16 * 192
+    expected = (3 * forward + 2 * 4 * 192 * 128) / 1e6  # no gradient flows on to the pixels
+    programs = {mae_ct: [*TINY, "--stages", "mae"], mim_refiner: REFINER, cmae: [*CMAE_TINY, "--methods", "mae,cmae"]}
+    programs |= {vicmae: VICMAE}
+    for program, flags in programs.items():
+        columns, *rows = [line.split() for line in main(*flags, "--cost", program=program).splitlines()]
+        table = {row[0]: dict(zip(columns, map(float, row[1:]))) for row in rows}
+        assert table["mae"]["madds/M"] == pytest.approx(expected, abs=0.06), program
+        assert all(row["images/s"] > 0 and row["peak/GiB"] > 0 and row["madds/M"] > 0 for row in table.values())
+        assert table.keys() == {mae_ct: {"mae"}, mim_refiner: {"mae", "heads", "refine"}, cmae: {"mae", "cmae"},
+                                vicmae: {"mae", "vicmae"}}[program]  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
