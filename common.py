@@ -1587,7 +1587,8 @@ def parse_settings(cls, presets, argv, description):
         raise InputError("--resume needs --out DIR with a folder that holds a run")
     saved = json.loads(config.read_text())
     for key, value in given.items():
-        if key not in ("out", "resume", "workers") and saved.get(key) != value:
+        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "save_every")  # they change no result
+        if key not in free and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
     return cls(**{**saved, **given})
 
@@ -1738,6 +1739,8 @@ class Run:
     def _cost(self, images, views, epochs, optimizer):
         """Five steps of the loop on random pixels: in the first, multiply-adds are counted; the last three are timed."""
         n, cuda = self.batch // world(), self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
         rows = torch.arange(n) + rank() * n
         index = rows.to(self.device)
@@ -2080,6 +2083,9 @@ def init_encoder(encoder, path):
         InputError: names the keys and shapes that do not fit.
     """
     state, config = read_encoder(path)
+    if config["post_norm"] != encoder.config["post_norm"]:
+        kinds = ["pre-norm (as MAE's)", "post-norm (as data2vec 2.0's)"]
+        raise InputError(f"{path}: its blocks are {kinds[config['post_norm']]}, those of the model {kinds[not config['post_norm']]}")
     _load_weights(encoder, state, config["image_size"] // config["patch_size"], path)
 
 

@@ -88,9 +88,9 @@ def nearest(train_x, test_x, k, chunk=65536):
 def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardize=False):
     """Weighted k-NN on cosine similarity (MAE-CT A.3; Wu et al. 2018; DINO): accuracy in percent.
 
-    Votes weigh exp(similarity / temperature), DINO's protocol and MIM-Refiner's C.4; temperature=0 weighs them by the
-    similarity itself, as MAE-CT's text says. `standardize` first subtracts the training mean and divides by the
-    training deviation (MIM-Refiner C.4). Under torchrun each rank classifies its part of the test set.
+    Votes weigh exp(similarity / temperature), DINO's protocol; temperature=0 weighs them by the similarity itself, as the
+    texts of MAE-CT and MIM-Refiner (C.4) say. `standardize` first subtracts the training mean and divides by the training
+    deviation (MIM-Refiner's code). Under torchrun each rank classifies its part of the test set.
 
     Args:
         train_x [N, D], train_y [N], test_x [n, D], test_y [n]; ks: neighbours, all from one search.
@@ -119,14 +119,18 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
 
 
-def knn_per_block(encoder, train, val, run, blocks=None, part=1.0):
-    """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b by
-    the protocol of C.4, on a random `part` of both sets. Returns a list of accuracies in percent."""
+def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000):
+    """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b.
+
+    k = 10 (C.4) on standardised features (the authors' code), against at most `bank` training images drawn at random, since
+    N · blocks · D values are kept at once. Returns a list of accuracies in percent.
+    """
     blocks = blocks or list(range(1, encoder.depth + 1))
     where = (run.device, run.precision, run.workers, blocks)
-    draw = lambda images: uniform(("part",), torch.arange(len(images)), 1)[:, 0].argsort()[: round(part * len(images))]
-    (x, y), (test_x, test_y) = (features(encoder, images, *where, draw(images)) for images in (train, val))
-    return [knn(x[:, b], y, test_x[:, b], test_y, standardize=True)["knn"] for b in range(len(blocks))]
+    drawn = uniform(("bank",), torch.arange(len(train)), 1)[:, 0].argsort()[:bank]
+    (x, y), (test_x, test_y) = features(encoder, train, *where, drawn), features(encoder, val, *where)
+    ks = (min(10, len(x)),)
+    return [knn(x[:, b], y, test_x[:, b], test_y, ks, standardize=True)["knn"] for b in range(len(blocks))]
 
 
 # ------------------------------------------------------------------------------------------------- linear probing
@@ -425,11 +429,12 @@ def table(result):
 
 
 def run_knn(args, encoder, train, val, device, precision):
-    """Subcommand knn."""
-    x = features(encoder, train, device, precision, args.workers)
-    test = features(encoder, val, device, precision, args.workers)
+    """Subcommand knn; with --raw on the last block's output before the final norm."""
+    raw = [encoder.depth] if args.raw else None
+    sets = [features(encoder, images, device, precision, args.workers, raw) for images in (train, val)]
+    (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in sets)
     temperature = 0 if args.votes == "similarity" else 0.07
-    return knn(*x, *test, ks=args.k, temperature=temperature, standardize=args.standardize)
+    return knn(x, y, test_x, test_y, ks=args.k, temperature=temperature, standardize=args.standardize)
 
 
 def run_probe(args, encoder, train, val, device, precision):
@@ -477,7 +482,8 @@ def main(argv):
     p = commands.add_parser("knn", parents=[common], help=knn.__doc__.splitlines()[0])
     p.add_argument("--k", type=int, nargs="+", default=[10])
     p.add_argument("--votes", choices=["exp", "similarity"], default="exp")
-    p.add_argument("--standardize", action="store_true")
+    p.add_argument("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
+    p.add_argument("--raw", action="store_true", help="the last block's output before the final norm")
     p.set_defaults(run=run_knn)
     p = commands.add_parser("probe", parents=[common], help=probe.__doc__.splitlines()[0])
     p.add_argument("--epochs", type=int, default=50)

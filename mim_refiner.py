@@ -9,7 +9,8 @@ them with an ensemble of instance discrimination (ID) heads, one behind each of 
 What is kept is an EMA of the encoder, which the training itself never uses.
 
     python mim_refiner.py                                               # all of it on built-in data, in minutes
-    torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --init mae_pretrain_vit_large.pth
+    torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --init mae_pretrain_vit_large.pth \
+        --micro_batch 32
     torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --mim data2vec2 --init stripped.pt
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mim_refiner.py --data ... \
         --model vit_h14 --init mae_pretrain_vit_huge.pth --micro_batch 8
@@ -21,8 +22,8 @@ Easy to get wrong:
   - Heads read [CLS] of raw block outputs; only the last block's goes through the final norm of a pre-norm ViT first.
   - There is no EMA projector: the queue is looked up and fed with projections of the head in training, view 0's alone.
   - Queues pass from stage heads to stage refine. The lookup is top-1 in the former, one of the 20 nearest in the latter.
-  - lr = base * batch / 256: the 12 views do not count. Local crops see the full grid's position table, interpolated.
-  - k-NN takes the feature before the final norm, standardised (C.4); a linear probe the one behind it.
+  - lr = base * batch / 256 (authors' code): the 12 views do not count. Local crops see the full grid's position table, interpolated.
+  - k-NN takes the feature before the final norm, standardised (authors' code); a linear probe the one behind it.
 """
 
 import math
@@ -49,8 +50,8 @@ class Settings(RunSettings):
     mim: str = "mae"  # the masked image model that is refined: mae (pre-norm blocks) or data2vec2 (post-norm)
 
     # heads: B.2, and the authors' code for what it leaves open
-    heads: int = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), Tables 1a and 6
-    head_blocks: str = ""  # any other set of blocks, counted from 1: "20,24" (Table 1b)
+    heads: int = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a
+    head_blocks: str = ""  # any other set of blocks, counted from 1: "20,24" or "17-24" (Tables 1b, 6)
     projector_hidden: int = 2048
     predictor_hidden: int = 4096
     head_dim: int = 256
@@ -68,7 +69,7 @@ class Settings(RunSettings):
     ema: float = 0.9999  # of the encoder
     head_weight_decay: float = 1e-5
     temperature: float = 0.2  # 0.3 for H, 0.35 for 2B
-    k: int = 20
+    k: int = 20  # the neighbour is one of them at random
     global_scale_min: float = 0.25  # area of the 2 global views; that of local views lies below
     local_views: int = 10  # 0: no multi-crop (Table 1f)
     local_size: int = 96  # pixels; 98 for patches of 14
@@ -93,14 +94,14 @@ class Settings(RunSettings):
     decoder_depth: int = 8
     decoder_heads: int = 16
 
-    knn_every: int = 5  # epochs between k-NN of the heads' blocks on a tenth of the data (Appendix E)
+    knn_every: int = 5  # epochs between k-NN of the heads' blocks with a tenth of the data (Appendix E)
 
 
 # Table 10: Large, Huge and 2B, whatever the patch size
 TABLE_10 = {
-    "l": dict(),
-    "h": dict(batch=512, temperature=0.3, heads=12),
-    "2b": dict(epochs=20, batch=512, temperature=0.35, frozen=6),
+    "l": dict(heads=8),
+    "h": dict(heads=12, batch=512, temperature=0.3),
+    "2b": dict(heads=8, epochs=20, batch=512, temperature=0.35, frozen=6),
 }
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
@@ -117,8 +118,8 @@ LOCAL_COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_
 
 def presets(given):
     """Field values for the flags given: the model's columns of Table 10, the built-in run, A.2."""
-    size, patch = re.match(r"vit_(2b|\D+)(\d*)|", given.get("model", "vit_l16")).groups()
-    row = dict(TABLE_10.get(size) or dict(heads=VIT_SIZES.get(size, (0, 24))[1] // 3))  # other sizes: the last third too
+    size, patch = re.match(r"(?:vit_(2b|\D+)(\d*))?", given.get("model", "vit_l16")).groups()
+    row = dict(TABLE_10.get(size) or dict(heads=VIT_SIZES.get(size, (0, 24))[1] // 3))  # other sizes: the last third
     if given.get("mim") == "data2vec2":
         row |= dict(epochs=20)
     if patch == "14":
@@ -212,45 +213,42 @@ def nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives=False, au
     n = p.shape[1]
     own = (torch.arange(n, device=p.device) + rank() * n).view(1, n, 1, 1)
     everyone = lambda x: gather(x.transpose(0, 1)).transpose(0, 1)  # samples of all ranks: [H, M, …]
+    but = lambda x, i: torch.cat([x[:, :, :i], x[:, :, i + 1 :]], 2)  # all views but one
     with torch.autocast(p.device.type, enabled=False):
         p, negatives = promote(p), promote(nn_z if swap_negatives else z)
         columns = everyone(p if authors_loss else negatives)
-        losses = 0
+        losses = []
         for i in (0, 1):
-            others = [j for j in range(p.shape[2]) if j != i]
             if authors_loss:
-                logits = torch.einsum("hnd,hmvd->hnvm", negatives[:, :, i], columns[:, :, others])
+                logits = torch.einsum("hnd,hmvd->hnvm", negatives[:, :, i], but(columns, i))
             else:
-                logits = torch.einsum("hnvd,hmd->hnvm", p[:, :, others], columns[:, :, i])
-            positive = (p[:, :, others] * nn_z[:, :, i, None]).sum(-1, keepdim=True)  # [H, N, V − 1, 1]
-            target = own.expand_as(positive)
-            log_softmax = (logits.scatter(-1, target, positive) / temperature).log_softmax(-1)
-            losses = losses - log_softmax.gather(-1, target).mean((1, 2, 3)) / 2
-    return losses
+                logits = torch.einsum("hnvd,hmd->hnvm", but(p, i), columns[:, :, i])
+            positive = (but(p, i) * nn_z[:, :, i, None]).sum(-1, keepdim=True)  # [H, N, V − 1, 1]
+            logits = logits.scatter(-1, own.expand_as(positive), positive) / temperature
+            losses.append((logits.logsumexp(-1, keepdim=True) - positive / temperature).mean((1, 2, 3)))
+    return (losses[0] + losses[1]) / 2
+
+
+def _fall(progress, begin):
+    """1, and from `begin` on half a cosine down to 0 at the end of the training."""
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, progress - begin) / (1 - begin)))
+
+
+# Table 1c, C.11: a head's weight at a fraction t of the training. Of 20 epochs, the turns of the 7 heads below the last
+# begin at epochs 4, 6, … 16, and a turn lasts two; other lengths and numbers of heads in proportion.
+SCHEDULES = {
+    "constant": lambda t, turn, next_turn: 1.0,
+    "uniform_decay": lambda t, turn, next_turn: _fall(t, 0.2),
+    "staggered_decay": lambda t, turn, next_turn: _fall(t, turn),
+    "staggered_step": lambda t, turn, next_turn: float(t < turn),
+    "one_hot": lambda t, turn, next_turn: 0.1 if t < turn else float(t < next_turn),
+}
 
 
 def head_weights(schedule, progress, heads):
-    """Loss weights of the heads at a fraction `progress` of the training (Table 1c, C.11); the last block's stays 1.
-
-    Of 20 epochs and 8 heads: uniform_decay lets all others fall by a cosine from epoch 4 to the end; staggered_decay one by
-    one from epochs 4, 6, … 16 to the end; staggered_step drops them to 0 at these epochs; in one_hot a head has 0.1, then 1
-    for the two epochs from there on, then 0. Other lengths and numbers of heads in proportion.
-    """
-    weights = torch.ones(heads)
-    for h in range(heads - 1):
-        begin = 0.2 + 0.6 * h / max(heads - 2, 1)
-        fallen = lambda since: 0.5 * (1 + math.cos(math.pi * max(0.0, progress - since) / (1 - since)))
-        weights[h] = {
-            "constant": 1.0,
-            "uniform_decay": fallen(0.2),
-            "staggered_decay": fallen(begin),
-            "staggered_step": float(progress < begin),
-            "one_hot": 0.1 if progress < begin else float(progress < begin + 0.6 / max(heads - 2, 1)),
-        }[schedule]
-    return weights
-
-
-SCHEDULES = ("constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot")
+    """Loss weights of the heads, a list, at a fraction `progress` of the training; the last block's is 1 throughout."""
+    turn = lambda h: 0.2 + 0.6 * h / max(heads - 2, 1)
+    return [SCHEDULES[schedule](progress, turn(h), turn(h + 1)) for h in range(heads - 1)] + [1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -259,7 +257,7 @@ SCHEDULES = ("constant", "uniform_decay", "staggered_decay", "staggered_step", "
 def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k):
     """Stage "refine"; stage "heads" is the same with all blocks frozen and k = 1 (B.3).
 
-    f: the encoder; blocks: those with a head, numbers from 1 in rising order.
+    f: the encoder; blocks: those with a head, numbers from 1 in rising order, the last block among them.
 
     Returns:
         the EMA of the encoder.
@@ -270,7 +268,7 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
     ema = frozen_copy(f) if tuned else f
     peak = lr * s.batch / 256
     groups = parameter_groups(heads, peak, s.head_weight_decay) + parameter_groups(f, peak, s.weight_decay, s.layer_decay)
-    optimizer = adamw(groups)
+    optimizer = adamw(groups)  # beta 0.9, 0.95 (Table 10)
     views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
     views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
     colours = GLOBAL_COLOURS + [LOCAL_COLOURS] * s.local_views if s.color else [None] * len(views)
@@ -278,8 +276,7 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
     def cls_tokens(x):
         """Views of one resolution [N, V, 3, S, S] → [CLS] behind each head's block [N, V, H, D]."""
         y = torch.stack([tokens[:, 0] for tokens in f(x.flatten(0, 1), blocks=blocks)], 1)
-        if blocks[-1] == f.depth:
-            y = torch.cat([y[:, :-1], f.norm(y[:, -1:])], 1)
+        y = torch.cat([y[:, :-1], f.norm(y[:, -1:])], 1)  # the last block's alone
         return y.unflatten(0, x.shape[:2])
 
     def encode(*resolutions):
@@ -291,20 +288,18 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
         x = [augment(v, c, n) for v, c, n in zip(data.views, colours, noise.unbind(1))]
         resolutions = [torch.stack(r, 1) for r in (x[:2], x[2:]) if r]  # global [N, 2, 3, S, S], local [N, 10, 3, s, s]
         dice = uniform((*key, "dice"), data.rows, 2, device=run.device)
-        weights = head_weights(s.schedule if tuned else "constant", run.step / run.total, len(blocks)).to(run.device)
+        weights = head_weights(s.schedule if tuned else "constant", run.step / run.total, len(blocks))
 
         def objective(y):
             losses, aux = heads.loss(y, data.index, data.labels, dice, s, k)
-            return (weights * losses).sum(), aux | dict(losses=losses.detach())
+            return sum(w * loss for w, loss in zip(weights, losses)), aux | dict(losses=losses.detach())
 
         loss, aux = backward(encode, objective, tuple(resolutions), s.micro_batch, run.precision)
         log = dict(losses=aux["losses"])
         if images.classes:
             log["nn_accuracy"] = aux["nn_accuracy"]
-        epoch, last_step = divmod(run.step + 1, run.per_epoch)
-        if val and tuned and last_step == 0 and epoch % s.knn_every == 0:
-            part = min(1.0, max(0.1, 1000 / len(images)))
-            log["knn"] = torch.tensor(knn_per_block(f, images, val, run, blocks, part))
+        if val and tuned and (run.step + 1) % (s.knn_every * run.per_epoch) == 0:
+            log["knn"] = torch.tensor(knn_per_block(f, images, val, run, blocks, max(1000, len(images) // 10)))
         factor = warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch, 1e-6 / peak)
         if run.optimize(optimizer, loss, log, factor):
             heads.Q.push(aux["z"], data.index, data.labels)
@@ -317,23 +312,35 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
 
 
 def report(run, name, encoder, train, val):
-    """k-NN of every block (Figure 3b), linear probe, clusters of L2-normalised [CLS] (C.12), into results.json."""
+    """k-NN of every block (Figure 3b), and of the last against the whole training set; linear probe; clusters of
+    L2-normalised [CLS] (C.12). Into results.json under `name`."""
     per_block = knn_per_block(encoder, train, val, run)
     print0(f"{name}: k-NN per block " + "  ".join(f"{b}: {v:.1f}" for b, v in enumerate(per_block, 1)))
-    values = evaluate(encoder, train, val, run, normalization="l2") | dict(knn=per_block[-1], knn_per_block=per_block)
+    (last,) = knn_per_block(encoder, train, val, run, [encoder.depth], bank=len(train))
+    values = evaluate(encoder, train, val, run, normalization="l2") | dict(knn=last, knn_per_block=per_block)
     run.report(name, values)
+
+
+def blocks_of(s, depth):
+    """Numbers of the blocks with a head, from 1: those of --head_blocks, or the last `heads`."""
+    if not s.head_blocks:
+        return list(range(depth + 1 - s.heads, depth + 1))
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", s.head_blocks):
+        raise InputError(f"--head_blocks {s.head_blocks}: write numbers and ranges, such as 20,24 or 17-24")
+    ends = [[int(n) for n in part.split("-")] for part in s.head_blocks.split(",")]
+    return [b for part in ends for b in range(part[0], part[-1] + 1)]
 
 
 def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), encoder, decoder, heads, numbers of the heads' blocks.
+        settings, device, train, val (None without labels), encoder, decoder (None with --init), heads, their blocks.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
     if s.mim not in ("mae", "data2vec2"):
         raise InputError(f"--mim {s.mim}: choose mae or data2vec2")
-    if s.mim == "data2vec2" and not s.init:
+    if s.mim == "data2vec2" and not s.init and not s.cost:
         raise InputError("--mim data2vec2 refines a trained encoder: give it with --init FILE")
     if s.schedule not in SCHEDULES:
         raise InputError(f"--schedule {s.schedule}: choose from {', '.join(SCHEDULES)}")
@@ -342,8 +349,13 @@ def prepare(argv):
     if not 0 < s.local_scale_min < s.global_scale_min < 1:
         raise InputError(f"--local_scale_min {s.local_scale_min:g} and --global_scale_min {s.global_scale_min:g}: "
                          "rising fractions of the area are expected")  # fmt: skip
-    if s.local_views < 0 or s.knn_every < 1 or s.heads < 1:
-        raise InputError("--local_views counts from 0, --knn_every and --heads from 1")
+    if s.local_views < 0 or s.local_size < 1 or s.knn_every < 1 or s.heads < 1:
+        raise InputError("--local_views counts from 0; --local_size, --knn_every and --heads from 1")
+    for name in ("lr", "head_lr", "epochs", "head_epochs"):
+        if not getattr(s, name) > 0:
+            raise InputError(f"--{name} {getattr(s, name):g}: choose a number above 0")
+    if not 0 <= s.ema <= 1:
+        raise InputError(f"--ema {s.ema:g}: choose a number from 0 to 1")
     device = start()
     torch.manual_seed(s.seed)
     encoder = build_vit(s.model, s.image_size, "cls", post_norm=s.mim == "data2vec2")
@@ -352,22 +364,24 @@ def prepare(argv):
         init_encoder(encoder, s.init)
     if s.local_views and s.local_size % encoder.patch_size:
         raise InputError(f"--local_size {s.local_size} is not divisible by the patch size {encoder.patch_size}")
-    depth = encoder.depth
-    blocks = [int(b) for b in re.findall(r"\d+", s.head_blocks)] or list(range(depth + 1 - s.heads, depth + 1))
-    if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] > depth:
-        raise InputError(f"heads behind blocks {blocks}: rising numbers from 1 to {depth} are expected for {s.model}")
-    if not 0 <= s.frozen < blocks[-1]:
-        raise InputError(f"--frozen {s.frozen}: the last head sits behind block {blocks[-1]}, nothing would be tuned")
+    blocks = blocks_of(s, encoder.depth)
+    if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] != encoder.depth:
+        raise InputError(f"heads behind blocks {blocks}: expected rising numbers from 1 to the last block, {encoder.depth}")
+    if not 0 <= s.frozen < encoder.depth:
+        raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, nothing would be tuned")
     if not 1 <= s.k <= s.queue:
         raise InputError(f"--k {s.k}: expected at least 1 and no more than the queue of {s.queue}")
-    decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
+    decoder = None
+    if not s.init:
+        decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
+        decoder.to(device)
     heads = IDHeads(len(blocks), encoder.dim, s)
     train, val = load_splits(s.data, val=not s.cost)
     for batch in {s.batch} if s.init else {s.mae_batch, s.batch}:
         check_batch(s, train, batch)
     if s.batch > s.queue:
         raise InputError(f"--batch {s.batch} is larger than the queue of {s.queue}")
-    return s, device, train, val, encoder.to(device), decoder.to(device), heads.to(device), blocks
+    return s, device, train, val, encoder.to(device), decoder, heads.to(device), blocks
 
 
 def main(argv):
@@ -375,10 +389,10 @@ def main(argv):
     s, device, train, val, encoder, decoder, heads, blocks = prepare(argv)
     run = Run(s, device)
 
-    if not s.init:
+    if decoder:
         pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr,
                      warmup_epochs=s.mae_warmup_epochs)  # fmt: skip
-        if rank() == 0 and not (run.folder / "mae.pt").exists():
+        if rank() == 0 and not s.cost and not (run.folder / "mae.pt").exists():
             save_encoder(run.folder / "mae.pt", encoder)
     if val and s.mim not in run.results:
         report(run, s.mim, encoder, train, val)
@@ -386,7 +400,7 @@ def main(argv):
     both = (encoder, heads, blocks, train, val)
     contrast(run, "heads", *both, epochs=s.head_epochs, lr=s.head_lr, frozen=encoder.depth, k=1)
     encoder = contrast(run, "refine", *both, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
-    if rank() == 0:
+    if rank() == 0 and not s.cost:
         save_encoder(run.folder / "encoder.pt", encoder)
     if val and "mim_refiner" not in run.results:
         report(run, "mim_refiner", encoder, train, val)

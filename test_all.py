@@ -2472,6 +2472,12 @@ def test_batched_heads_are_separate_ones(authors_head):
     assert error(grads, y.grad) < 1e-9
 
 
+def test_blocks_with_heads_are_the_last_or_those_that_are_named():
+    blocks = lambda **changes: mim_refiner.blocks_of(mim_refiner.Settings(**changes), 24)
+    assert blocks() == list(range(17, 25)) and blocks(heads=2) == [23, 24]
+    assert blocks(head_blocks="17-24") == blocks() and blocks(head_blocks="15,18,21-24") == [15, 18, 21, 22, 23, 24]
+
+
 def test_nn_accuracy_is_the_share_of_neighbours_of_the_class():
     s, _, heads = tiny_refiner()
     heads.Q.push(heads.Q.embeddings.clone(), torch.full((32,), -1), torch.arange(32) % 4)
@@ -2481,7 +2487,7 @@ def test_nn_accuracy_is_the_share_of_neighbours_of_the_class():
 
 
 def test_loss_schedules_by_number():
-    at = lambda schedule, epoch: [round(w, 3) for w in mim_refiner.head_weights(schedule, epoch / 20, 8).tolist()]
+    at = lambda schedule, epoch: [round(w, 3) for w in mim_refiner.head_weights(schedule, epoch / 20, 8)]
     cosine = lambda since, epoch: round((1 + math.cos(math.pi * (epoch - since) / (20 - since))) / 2, 3)
     assert at("constant", 19) == [1] * 8
     assert at("uniform_decay", 4) == [1] * 8 and at("uniform_decay", 12) == [0.5] * 7 + [1]
@@ -2492,8 +2498,8 @@ def test_loss_schedules_by_number():
     assert at("staggered_step", 9) == [0, 0, 0, 1, 1, 1, 1, 1] and at("staggered_step", 16.1) == [0] * 7 + [1]
     assert at("one_hot", 3.9) == [0.1] * 7 + [1] and at("one_hot", 5) == [1] + [0.1] * 6 + [1]
     assert at("one_hot", 9) == [0, 0, 1, 0.1, 0.1, 0.1, 0.1, 1] and at("one_hot", 18.1) == [0] * 7 + [1]
-    assert mim_refiner.head_weights("one_hot", 0.5, 1).tolist() == [1]
-    assert mim_refiner.head_weights("uniform_decay", 0.6, 2).tolist() == pytest.approx([0.5, 1])
+    assert mim_refiner.head_weights("one_hot", 0.5, 1) == [1]
+    assert mim_refiner.head_weights("uniform_decay", 0.6, 2) == pytest.approx([0.5, 1])
 
 
 @pytest.mark.parametrize("flags, crops", [({}, 12), ({"local_views": 0}, 2), ({"color": False}, 12)])
@@ -2627,12 +2633,11 @@ def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
             right += max(votes, key=votes.get) == label
         assert accuracy == pytest.approx(100 * right / 18)
     assert protocols.knn_per_block(encoder, train, val, run, blocks=[3, 1]) == [found[2], found[0]]
-    seen = []
-    with mock.patch.object(protocols, "features", lambda e, images, *rest: (seen.append(rest[-1]), features(images, rest))[1]):
-        features = lambda images, rest: (torch.zeros(len(rest[-1]), 3, 2), images.labels[rest[-1]])
-        protocols.knn_per_block(encoder, train, val, run, part=0.5)
-    assert [len(set(index.tolist())) for index in seen] == [12, 9]
-    assert [len(images.labels[index].unique()) for images, index in zip((train, val), seen)] == [3, 3]  # in any order
+    seen, real = [], protocols.features
+    with mock.patch.object(protocols, "features", lambda *args: (seen.append(args), real(*args))[1]):
+        protocols.knn_per_block(encoder, train, val, run, bank=12)
+    (_, _, *_, drawn), whole = seen
+    assert len(set(drawn.tolist())) == 12 and len(train.labels[drawn].unique()) == 3 and whole[1] is val
 
 
 # -------------------------------------------------------------------------------------------------------- ViC-MAE
@@ -3730,9 +3735,16 @@ BAD_REFINER = [
     (["--local_scale_min", "0.3"], "rising fractions of the area"),
     (["--local_views", "-1"], "--local_views counts from 0"),
     (["--heads", "0"], "--heads from 1"),
-    (["--heads", "7"], "heads behind blocks [0, 1, 2, 3, 4, 5, 6]: rising numbers from 1 to 6"),
-    (["--head_blocks", "4,2"], "heads behind blocks [4, 2]: rising numbers"),
-    (["--head_blocks", "2,4", "--frozen", "4"], "--frozen 4: the last head sits behind block 4"),
+    (["--heads", "7"], "heads behind blocks [0, 1, 2, 3, 4, 5, 6]: expected rising numbers from 1"),
+    (["--head_blocks", "4,2"], "heads behind blocks [4, 2]: expected rising numbers"),
+    (["--head_blocks", "2-4"], "heads behind blocks [2, 3, 4]: expected rising numbers from 1 to the last block, 6"),
+    (["--head_blocks", "all"], "--head_blocks all: write numbers"),
+    (["--frozen", "6"], "--frozen 6: vit_nano8 has 6 blocks"),
+    (["--lr", "0"], "--lr 0: choose a number above 0"),
+    (["--head_epochs", "0"], "--head_epochs 0: choose a number above 0"),
+    (["--ema", "2"], "--ema 2: choose"),
+    (["--local_size", "0"], "--local_size, --knn_every and --heads from 1"),
+    (["--init", "post.pt"], "post.pt: its blocks are post-norm"),
     (["--local_size", "12"], "--local_size 12 is not divisible by the patch size 8"),
     (["--k", "33"], "--k 33"),
     (["--batch", "16", "--queue", "8"], "--batch 16 is larger than the queue of 8"),
@@ -3828,6 +3840,7 @@ def bad_files(folders, monkeypatch):
         Path("a_run/config.json").write_text("{}")
         Path("a_file").write_text("hello")
         common.save_encoder("wide.pt", nano(depth=6, dim=192, heads=6))
+        common.save_encoder("post.pt", nano(depth=6, post_norm=True))
         write_pictures(Path("loose/train"), [(24, 24)])
         write_pictures(Path("no_val/train/a"), [(24, 24)])
     return folders
