@@ -950,8 +950,8 @@ def load_videos(data, split, labels=False):
             import torchcodec.decoders  # noqa: F401
         except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
             raise InputError(
-                f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg (pip install torchcodec); "
-                "or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
+                f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg "
+                "(pip install torchcodec); or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
             ) from e
     of_file = [os.path.relpath(f, folder).split(os.sep)[0] for f in files]
     loose = any(os.path.dirname(f) == str(folder) for f in clips + stills)
@@ -959,7 +959,8 @@ def load_videos(data, split, labels=False):
     number = {c: i for i, c in enumerate(classes)}
     kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
     print0(f"{folder}: {kinds}, " + (f"{len(classes)} classes" if classes else "no labels"))
-    return Videos(torch.tensor([number.get(c, -1) for c in of_file]), classes, files=np.array([os.fsencode(f) for f in files]))
+    labels = torch.tensor([number.get(c, -1) for c in of_file])
+    return Videos(labels, classes, files=np.array([os.fsencode(f) for f in files]))
 
 
 class _Noise:
@@ -1562,8 +1563,8 @@ class Parser(argparse.ArgumentParser):
 def parse_settings(cls, presets, argv, description):
     """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
 
-    Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME. `presets` gets the given flags as a dict and returns field values, among
-    them the model's row of the paper's table. With --resume the run's config.json is the base, and flags that say
+    Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME. `presets` gets the given flags as a
+    dict and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is the base, and flags that say
     otherwise are refused.
 
     Raises:
@@ -1671,7 +1672,7 @@ class Run:
         if self.settings.out:
             folder = Path(self.settings.out)
             if not self.settings.resume and folder.is_dir() and any(folder.iterdir()):
-                raise InputError(f"--out {folder} holds a run or other files: add --resume to go on, or choose another folder")
+                raise InputError(f"--out {folder} holds a run or other files: add --resume to go on, or choose another")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
@@ -2084,8 +2085,8 @@ def init_encoder(encoder, path):
     """
     state, config = read_encoder(path)
     if config["post_norm"] != encoder.config["post_norm"]:
-        kinds = ["pre-norm (as MAE's)", "post-norm (as data2vec 2.0's)"]
-        raise InputError(f"{path}: its blocks are {kinds[config['post_norm']]}, those of the model {kinds[not config['post_norm']]}")
+        theirs, ours = ("post-norm", "pre-norm") if config["post_norm"] else ("pre-norm", "post-norm")
+        raise InputError(f"{path}: its blocks are {theirs}, those of the model {ours} (data2vec 2.0 is post-norm, MAE pre-norm)")
     _load_weights(encoder, state, config["image_size"] // config["patch_size"], path)
 
 

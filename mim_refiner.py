@@ -22,7 +22,8 @@ Easy to get wrong:
   - Heads read [CLS] of raw block outputs; only the last block's goes through the final norm of a pre-norm ViT first.
   - There is no EMA projector: the queue is looked up and fed with projections of the head in training, view 0's alone.
   - Queues pass from stage heads to stage refine. The lookup is top-1 in the former, one of the 20 nearest in the latter.
-  - lr = base * batch / 256 (authors' code): the 12 views do not count. Local crops see the full grid's position table, interpolated.
+  - lr = base * batch / 256 (authors' code): the 12 views do not count.
+  - Local crops see the full grid's position table, interpolated.
   - k-NN takes the feature before the final norm, standardised (authors' code); a linear probe the one behind it.
 """
 

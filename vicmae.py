@@ -30,8 +30,8 @@ from torch import nn
 from common import (
     BatchNorm, Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
     check_batch, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize, nt_xent,
-    parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes, uniform,
-    warmup_cosine, world,
+    parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes,
+    uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
