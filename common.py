@@ -1474,9 +1474,8 @@ def adjust_hue(x, shift):
     """torchvision's adjust_hue with a shift per sample, in turns (−0.5 … 0.5)."""
     high, low = x.amax(1), x.amin(1)
     chroma = high - low
-    r, g, b = ((high[:, None] - x) / chroma.where(chroma > 0, 1)[:, None]).unbind(1)
-    top = x.argmax(1)  # the first of equals, as torchvision
-    hue = torch.where(top == 0, b - g, torch.where(top == 1, 2 + r - b, 4 + g - r))
+    r, g, b = ((high[:, None] - x) / chroma.where(chroma > 0, 1)[:, None]).unbind(1)  # 0 where the channel is the highest
+    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))  # the first of equals, as torchvision
     hue = (hue / 6 * (chroma > 0) + shift.view(-1, 1, 1)) % 1.0
     # channel n of HSV → RGB: high − chroma · max(0, min(k, 4 − k, 1)), k = (n + 6 · hue) mod 6, n = 5, 3, 1
     k = (hue[:, None] * 6 + channels((5, 3, 1), x.device, x.dtype)) % 6
