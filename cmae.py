@@ -319,8 +319,7 @@ def main(argv):
         if rank() == 0 and not file.exists():
             save_encoder(file, online.F_s)
         if val and method not in run.results:
-            tuned = finetune(online.F_s, train, val, 1, s.finetune_epochs, s.finetune_lr, device, run.precision,
-                             run.workers, s.finetune_batch)  # fmt: skip
+            tuned = finetune(online.F_s, train, val, run, 1, s.finetune_epochs, s.finetune_lr, s.finetune_batch)
             run.report(method, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
     if rank() == 0 and not s.cost:
         picture(run.folder / "views.png", online, val or train, s, device)

@@ -795,6 +795,18 @@ class Images:
         image = self.dataset[i][0] if self.files is None else Image.open(self.name(i))
         return image.convert("RGB")
 
+    def subset(self, index, classes=None):
+        """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
+        of_images = lambda v: isinstance(v, torch.Tensor | np.ndarray)
+        part = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if of_images(getattr(self, f.name))}
+        if self.dataset is not None:
+            part["dataset"] = torch.utils.data.Subset(self.dataset, index.tolist())
+        if classes is not None:
+            number = torch.full((len(self.classes),), -1)
+            number[[self.classes.index(c) for c in classes]] = torch.arange(len(classes))
+            part |= dict(labels=number[part["labels"]], classes=list(classes))
+        return dataclasses.replace(self, **part)
+
     def sources(self, seed, epoch, index):
         """What a sample's views are cut from, view by view: the image itself. For indices [n] of pixels in memory uint8
         [n, 3, H, W], else for a single index a PIL image."""
@@ -2006,14 +2018,14 @@ DATA2VEC_NAMES = {
 }
 
 
-def save_encoder(path, encoder, **info):
-    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know}.
+def save_encoder(path, encoder, **more):
+    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know, **more}.
 
     "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
-    last block belongs to the feature) and stem, besides `info`.
+    last block belongs to the feature) and stem.
     """
-    config = encoder.config | dict(final_norm=not encoder.config["post_norm"]) | info
-    save_file(path, dict(model=encoder.state_dict(), encoder=config))
+    config = encoder.config | dict(final_norm=not encoder.config["post_norm"])
+    save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
 
 
 def read_encoder(path):

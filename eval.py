@@ -12,8 +12,13 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 
 import argparse
 import copy
+import functools
 import json
 import math
+import os
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +30,84 @@ from torch import nn
 
 from common import (
     BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, gather, launch, load_encoder, load_splits, parameter_groups, precision_of, print0, promote,
-    rank, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    check_batch, decode, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
+    print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- one pass over the data
+
+
+@dataclass
+class Machine:
+    """What a protocol runs on: `run` in all that follows. A common.Run has the same fields."""
+
+    device: torch.device
+    precision: torch.dtype = torch.float32  # of autocast
+    workers: int = 0  # decoding processes
+
+
+def autocast(run):
+    return torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
+
+
+def progress(items, total, what):
+    """Yields the items; a line on the terminal says how many of `total` are done and how long the rest takes."""
+    begin = shown = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if sys.stdout.isatty() and (now - shown > 0.5 or done == total):
+            shown, left = now, (now - begin) / done * (total - done)
+            print0(f"{what} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left ", end="\n" if done == total else "\r")
+
+
+def splits(args):
+    """(training, validation images) of --data, both with labels."""
+    train, val = load_splits(args.data, labels=True)
+    if val is None:
+        raise InputError(f"--data {args.data}: there is no val/ or test/ to evaluate on")
+    return train, val
+
+
+def listed(images, path):
+    """Indices of the images that a file names, one a line: SimCLRv2's 1 % and 10 % of ImageNet, MSN's 1, 2 or 5 images a
+    class. A line is a file's name or the end of its path (n01440764/n01440764_10026.JPEG).
+
+    Raises:
+        InputError: no such list, an image set without files, or a line that names none or several.
+    """
+    if images.files is None:
+        raise InputError(f"{path}: a list of files needs a folder of files as --data")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such list of files")
+    lines, found = Path(path).read_text().split(), {}
+    files = [os.fsdecode(f).split("/") for f in images.files]
+    depths = {line.count("/") + 1 for line in lines}
+    for i, parts in enumerate(files):
+        for depth in depths:
+            found.setdefault("/".join(parts[-depth:]), []).append(i)
+    for line in lines:
+        if len(found.get(line, [])) != 1:
+            raise InputError(f"{path}: {line} names {len(found.get(line, []))} images of the training set, expected one")
+    return torch.tensor([found[line][0] for line in lines])
+
+
+def drawn(labels, shots=None, fraction=None, seed=0):
+    """Indices of images drawn at random, `shots` of every class or a `fraction` of it, in the order of the set.
+
+    Raises:
+        InputError: a class that has fewer.
+    """
+    order = uniform((seed, "drawn"), torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
+    kept = []
+    for c in labels.unique().tolist():
+        of_class = order[labels[order] == c]
+        wanted = shots or max(1, round(fraction * len(of_class)))
+        if wanted > len(of_class):
+            raise InputError(f"{wanted} images a class are wanted, but class {c} has {len(of_class)}")
+        kept.append(of_class[:wanted])
+    return torch.cat(kept).sort().values
 
 
 def center_views(images, size, device, workers, index, batch=256):
@@ -43,26 +123,86 @@ def center_views(images, size, device, workers, index, batch=256):
 
 
 @torch.no_grad()
-def features(encoder, images, device, precision=torch.float32, workers=0, blocks=None, index=None):
-    """Pooled features of a whole set, without augmentation: ([N, D], labels [N]), both on the device.
+def outputs(function, images, size, run, index=None, what="images encoded"):
+    """A function of every image, unaugmented, in one pass: ([N, …], at least float32; labels [N]), both on the device.
 
-    With `blocks` (numbers from 1) those after each of these blocks, before the final norm: [N, blocks, D]. `index` [N]
-    chooses images. Under torchrun each rank encodes its part and all get the whole.
+    `function` maps standardised center crops [n, 3, size, size] to [n, …]; `index` [N] chooses images. Under torchrun each
+    rank computes its part and all get the whole. An unreadable image counts as the next readable one.
     """
-    encoder.eval()
     index = torch.arange(len(images)) if index is None else index
     share = math.ceil(len(index) / world())
     mine = index[torch.arange(rank() * share, (rank() + 1) * share) % len(index)]
     out, used = [], []
-    for x, at in center_views(images, encoder.grid[0] * encoder.patch_size, device, workers, mine):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            tokens = encoder(augment(x), blocks=blocks)
-            feature = torch.stack([encoder.pooled(t) for t in tokens], 1) if blocks else encoder.pooled(tokens)
-        out.append(promote(feature))
+    views = center_views(images, size, run.device, run.workers, mine)
+    for x, at in progress(views, math.ceil(share / 256), f"batches of {what}"):
+        with autocast(run):
+            out.append(promote(function(augment(x))))
         used.append(at)
-    encoder.train()
     used = gather(torch.cat(used))[: len(index)]
-    return gather(torch.cat(out))[: len(index)], images.labels.to(device)[used]
+    return gather(torch.cat(out))[: len(index)], images.labels.to(run.device)[used]
+
+
+def pooled(encoder, x, blocks=None, pool=None):
+    """Features of standardised images x [n, 3, S, S].
+
+    Args:
+        blocks: None: after the final norm, [n, F]; or numbers from 1: after these blocks, before the final norm,
+            [n, blocks, F].
+        pool: "cls", "mean" (of the patch tokens), or "both" side by side (F = 2D); None: the encoder's own.
+    """
+    tokens = encoder(x, blocks=blocks)
+    tokens = torch.stack(tokens, 1) if blocks else tokens  # [n, (blocks,) 1 + L, D]
+    cls, mean = tokens[..., 0, :], tokens[..., 1:, :].mean(-2)
+    return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], -1)}[pool or encoder.pool]
+
+
+def features(encoder, images, run, blocks=None, pool=None, index=None):
+    """Features of a whole set, as of `pooled`: ([N, (blocks,) F], labels [N])."""
+    return outputs(lambda x: pooled(encoder, x, blocks, pool), images, encoder.config["image_size"], run, index)
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear classifier on its feature: standardised images [N, 3, S, S] → logits [N, C].
+
+    What probe.pt (without the encoder) and finetuned.pt (with it) hold. The feature is that of `pooled`, blocks side by
+    side; `norm` is a probe's non-affine BatchNorm, or nothing.
+    """
+
+    def __init__(self, encoder, classes, blocks=None, pool=None, norm=None):
+        super().__init__()
+        self.encoder, self.classes, self.blocks, self.pool = encoder, list(classes), blocks, pool or encoder.pool
+        self.norm = norm or nn.Identity()
+        self.head = nn.Linear(encoder.dim * len(blocks or [0]) * (1 + (self.pool == "both")), len(self.classes))
+
+    def forward(self, x):
+        return self.head(self.norm(promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))))
+
+    def save(self, path, with_encoder):
+        """{"classifier": …}; `with_encoder` besides all that encoder.pt has."""
+        parts = {f"{p}.{k}": v for p in ("norm", "head") for k, v in getattr(self, p).state_dict().items()}
+        content = dict(state=parts, classes=self.classes, blocks=self.blocks, pool=self.pool, eps=getattr(self.norm, "eps", None))
+        if with_encoder:
+            save_encoder(path, self.encoder, classifier=content)
+        else:
+            save_file(path, dict(classifier=content))
+
+
+def load_classifier(path, encoder):
+    """A Classifier from finetuned.pt, which has an encoder of its own, or from probe.pt and its `encoder`.
+
+    Raises:
+        InputError: the file holds no classifier, or one of another encoder.
+    """
+    content = load_file(path)
+    if not isinstance(content, dict) or "classifier" not in content:
+        raise InputError(f"{path} holds no classifier: `eval.py probe` writes probe.pt, `eval.py finetune` finetuned.pt")
+    own, how = "model" in content, content["classifier"]
+    encoder = load_encoder(path).to(encoder.cls_token.device) if own else encoder
+    norm = None if how["eps"] is None else BatchNorm(how["state"]["norm.running_mean"].shape[-1], affine=False, eps=how["eps"])
+    classifier = Classifier(encoder, how["classes"], how["blocks"], how["pool"], norm).to(encoder.cls_token.device)
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | how["state"]
+    load_state(classifier, state, str(path))
+    return classifier.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------- k-NN
@@ -126,11 +266,19 @@ def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000):
     N · blocks · D values are kept at once. Returns a list of accuracies in percent.
     """
     blocks = blocks or list(range(1, encoder.depth + 1))
-    where = (run.device, run.precision, run.workers, blocks)
     drawn = uniform(("bank",), torch.arange(len(train)), 1)[:, 0].argsort()[:bank]
-    (x, y), (test_x, test_y) = features(encoder, train, *where, drawn), features(encoder, val, *where)
+    x, y = features(encoder, train, run, blocks, index=drawn)
+    test_x, test_y = features(encoder, val, run, blocks)
     ks = (min(10, len(x)),)
     return [knn(x[:, b], y, test_x[:, b], test_y, ks, standardize=True)["knn"] for b in range(len(blocks))]
+
+
+def run_knn(args, encoder, run):
+    """Subcommand knn; with --raw on the last block's output before the final norm."""
+    sets = [features(encoder, images, run, [encoder.depth] if args.raw else None) for images in splits(args)]
+    (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in sets)
+    temperature = 0 if args.votes == "similarity" else 0.07
+    return knn(x, y, test_x, test_y, ks=args.k, temperature=temperature, standardize=args.standardize)
 
 
 # ------------------------------------------------------------------------------------------------- linear probing
@@ -150,6 +298,12 @@ class Probes(nn.Module):
     def forward(self, x):
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
+    def classifier(self, encoder, classes, number):
+        """Probe `number` as a Classifier."""
+        classifier = Classifier(encoder, classes, norm=self.norm)
+        classifier.head.weight.data, classifier.head.bias.data = self.weight.data[number], self.bias.data[number]
+        return classifier
+
 
 def cached_batches(x, y, batch, epochs, seed=0):
     """Batches of cached features [N, D], shuffled every epoch; each rank gets its part."""
@@ -162,13 +316,15 @@ def cached_batches(x, y, batch, epochs, seed=0):
 
 
 @torch.no_grad()
-def augmented_batches(encoder, images, batch, epochs, device, precision, workers, seed=0):
-    """Features of random crops and flips (Table 11), one encoder pass a batch: yields ([n, D], labels [n])."""
-    steps, views = epochs * (len(images) // batch), [View(encoder.grid[0] * encoder.patch_size, (0.08, 1.0))]
-    for data in batches(images, views, batch, 0, steps, seed, device, workers, {}):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            feature = promote(encoder.pooled(encoder(augment(data.views[0]))))
-        yield feature, data.labels
+def augmented_batches(function, images, size, batch, epochs, run, seed=0):
+    """A function of random crops [n, 3, size, size] and flips (Table 11), say the encoder's features: yields ([n, …],
+    labels [n])."""
+    steps = epochs * (len(images) // batch)
+    views = batches(images, [View(size, (0.08, 1.0))], batch, 0, steps, seed, run.device, run.workers, {})
+    for data in progress(views, steps, "steps"):
+        with autocast(run):
+            out = promote(function(augment(data.views[0])))
+        yield out, data.labels
 
 
 def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
@@ -212,10 +368,30 @@ def cached_probe(x, y, test_x, test_y, epochs=50):
     return probe(cached_batches(x, y, batch, epochs), steps, steps // 10, classes, test_x, test_y, batch)[0]
 
 
+def run_probe(args, encoder, run):
+    """Subcommand probe; writes probe.pt beside the encoder."""
+    train, val = splits(args)
+    test = features(encoder, val, run)
+    batch = min(args.batch, len(train))
+    per_epoch = len(train) // batch
+    if args.cached:
+        stream = cached_batches(*features(encoder, train, run), batch, args.epochs)
+    else:
+        stream = augmented_batches(functools.partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
+    warmup = args.epochs // 10 * per_epoch
+    result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
+    if rank() == 0:
+        probes.classifier(encoder, train.classes, PROBE_LRS.index(result["lr"])).save(args.encoder.parent / "probe.pt", False)
+    return result | {"cached": args.cached}
+
+
+# ----------------------------------------------------------------------------------------------------------- few labels
+
+
 # ---------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def finetune(encoder, train, val, blocks, epochs, lr, device, precision=torch.float32, workers=0, batch=1024, seed=0):
+def finetune(encoder, train, val, run, blocks, epochs, lr, batch=1024, seed=0):
     """Partial fine-tuning (He et al. 2022, 4.3; CMAE 4.5): the last `blocks` blocks, the final norm and a linear
     classifier on the pooled feature are trained, everything below is frozen. 0 blocks: the classifier alone.
 
@@ -235,27 +411,35 @@ def finetune(encoder, train, val, blocks, epochs, lr, device, precision=torch.fl
     encoder = copy.deepcopy(encoder)
     encoder.freeze(encoder.depth - blocks)
     torch.manual_seed(seed)
-    classifier = nn.Linear(encoder.dim, len(train.classes)).to(device)
+    classifier = nn.Linear(encoder.dim, len(train.classes)).to(run.device)
     nn.init.normal_(classifier.weight, std=2e-5)
     nn.init.zeros_(classifier.bias)
     groups = parameter_groups(nn.ModuleList([encoder, classifier]), lr * batch / 256, 0.05)
     optimizer = adamw(groups, betas=(0.9, 0.999))
     parameters = [p for group in groups for p in group["params"]]
-    steps, views = round(epochs * (len(train) // batch)), [View(encoder.grid[0] * encoder.patch_size, (0.08, 1.0))]
+    steps, views = round(epochs * (len(train) // batch)), [View(encoder.config["image_size"], (0.08, 1.0))]
 
     def encode(x, y):
         return (), F.cross_entropy(promote(classifier(encoder.pooled(encoder(x)))), y, reduction="none")
 
-    for step, data in enumerate(batches(train, views, batch, 0, steps, seed, device, workers, {})):
-        backward(encode, None, (augment(data.views[0]), data.labels), precision=precision)
+    for step, data in enumerate(batches(train, views, batch, 0, steps, seed, run.device, run.workers, {})):
+        backward(encode, None, (augment(data.views[0]), data.labels), precision=run.precision)
         average_gradients(parameters)
         set_lr(optimizer, warmup_cosine(step, steps, steps / 10))
         optimizer.step()
         optimizer.zero_grad()
-    x, y = features(encoder, val, device, precision, workers)
+    x, y = features(encoder, val, run)
     with torch.no_grad():
         right = (classifier(x).argmax(1) == y).float().mean()
     return {"finetune": 100 * right.item(), "blocks": blocks}
+
+
+def run_finetune(args, encoder, run):
+    """Subcommand finetune."""
+    train, val = splits(args)
+    batch = min(args.batch, len(train))
+    check_batch(RunSettings(data=args.data), train, batch)
+    return finetune(encoder, train, val, run, args.blocks, args.epochs, args.lr, batch)
 
 
 # ------------------------------------------------------------------------------------------------------ clustering
@@ -407,14 +591,33 @@ def cluster(x, y, runs=100, normalization="standardize", seed=0):
     return every[best] | of_classes | {"loss": losses[best].item(), "average": average}
 
 
+def run_cluster(args, encoder, run):
+    """Subcommand cluster, on the validation set."""
+    return cluster(*features(encoder, splits(args)[1], run), args.runs, args.normalization)
+
+
+# --------------------------------------------------------------------------------------------------- retrieval and maps
+
+
+# --------------------------------------------------------------------------------------------------- what features hold
+
+
+# ---------------------------------------------------------------------------------------------- robustness and transfer
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
+
+
 # ---------------------------------------------------------------------------------------------------------- main
 
 
 def evaluate(encoder, train, val, run, normalization="standardize"):
     """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
-    feature. `run` gives device, precision and workers; `normalization` is that of `cluster`."""
-    x, y = features(encoder, train, run.device, run.precision, run.workers)
-    test_x, test_y = features(encoder, val, run.device, run.precision, run.workers)
+    feature. `normalization` is that of `cluster`."""
+    (x, y), (test_x, test_y) = (features(encoder, images, run) for images in (train, val))
     clusters = cluster(test_x, test_y, normalization=normalization)
     values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
@@ -428,88 +631,48 @@ def table(result):
         print0(f"{name:>16}  {value:.2f}" if isinstance(value, float) else f"{name:>16}  {value}")
 
 
-def run_knn(args, encoder, train, val, device, precision):
-    """Subcommand knn; with --raw on the last block's output before the final norm."""
-    raw = [encoder.depth] if args.raw else None
-    sets = [features(encoder, images, device, precision, args.workers, raw) for images in (train, val)]
-    (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in sets)
-    temperature = 0 if args.votes == "similarity" else 0.07
-    return knn(x, y, test_x, test_y, ks=args.k, temperature=temperature, standardize=args.standardize)
-
-
-def run_probe(args, encoder, train, val, device, precision):
-    """Subcommand probe; writes probe.pt beside the encoder."""
-    test = features(encoder, val, device, precision, args.workers)
-    batch = min(args.batch, len(train))
-    per_epoch = len(train) // batch
-    if args.cached:
-        stream = cached_batches(*features(encoder, train, device, precision, args.workers), batch, args.epochs)
-    else:
-        stream = augmented_batches(encoder, train, batch, args.epochs, device, precision, args.workers)
-    warmup = args.epochs // 10 * per_epoch
-    result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
-    if rank() == 0:
-        best = PROBE_LRS.index(result["lr"])
-        head = dict(mean=probes.norm.running_mean, var=probes.norm.running_var, eps=probes.norm.eps)
-        head |= dict(weight=probes.weight[best].detach(), bias=probes.bias[best].detach(), classes=train.classes)
-        save_file(args.encoder.parent / "probe.pt", head)
-    return result | {"cached": args.cached}
-
-
-def run_cluster(args, encoder, train, val, device, precision):
-    """Subcommand cluster, on the validation set."""
-    return cluster(*features(encoder, val, device, precision, args.workers), args.runs, args.normalization)
-
-
-def run_finetune(args, encoder, train, val, device, precision):
-    """Subcommand finetune."""
-    batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch)
-    return finetune(encoder, train, val, args.blocks, args.epochs, args.lr, device, precision, args.workers, batch)
-
-
 def main(argv):
-    """Parses the subcommand, loads encoder and data, prints the result and writes PROTOCOL.json beside the encoder."""
+    """Parses the subcommand, loads the encoder, prints the result and writes PROTOCOL.json beside the encoder."""
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="protocol", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--encoder", type=Path, required=True, help="encoder file, ours or a public one")
-    common.add_argument("--data", default="shapes", help="built-in set, folder with train/ and val/, or torchvision name")
-    common.add_argument("--image_size", type=int, help="default: the encoder's")
-    common.add_argument("--pool", choices=["cls", "mean"], help="default: the encoder's")
-    common.add_argument("--precision", default="auto")
-    common.add_argument("--workers", type=int, default=4)
-    p = commands.add_parser("knn", parents=[common], help=knn.__doc__.splitlines()[0])
-    p.add_argument("--k", type=int, nargs="+", default=[10])
-    p.add_argument("--votes", choices=["exp", "similarity"], default="exp")
-    p.add_argument("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
-    p.add_argument("--raw", action="store_true", help="the last block's output before the final norm")
-    p.set_defaults(run=run_knn)
-    p = commands.add_parser("probe", parents=[common], help=probe.__doc__.splitlines()[0])
-    p.add_argument("--epochs", type=int, default=50)
-    p.add_argument("--batch", type=int, default=1024)
-    p.add_argument("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
-    p.set_defaults(run=run_probe)
-    p = commands.add_parser("cluster", parents=[common], help=cluster.__doc__.splitlines()[0])
-    p.add_argument("--runs", type=int, default=100)
-    p.add_argument("--normalization", choices=["standardize", "l2"], default="standardize")
-    p.set_defaults(run=run_cluster)
-    p = commands.add_parser("finetune", parents=[common], help=finetune.__doc__.splitlines()[0])
-    p.add_argument("--blocks", type=int, default=1, help="last blocks to tune; 0: the classifier alone")
-    p.add_argument("--epochs", type=float, default=100, help="CMAE 4.2")
-    p.add_argument("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
-    p.add_argument("--batch", type=int, default=1024)
-    p.set_defaults(run=run_finetune)
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--encoder", type=Path, required=True, help="encoder file, ours or a public one")
+    every.add_argument("--data", default="shapes", help="built-in set, folder with train/ and val/, or torchvision name")
+    every.add_argument("--image_size", type=int, help="default: the encoder's")
+    every.add_argument("--pool", choices=["cls", "mean"], help="default: the encoder's")
+    every.add_argument("--precision", default="auto")
+    every.add_argument("--workers", type=int, default=4)
+
+    def command(run, protocol):
+        name = run.__name__.removeprefix("run_")
+        p = commands.add_parser(name, parents=[every], help=protocol.__doc__.splitlines()[0])
+        p.set_defaults(run=run)
+        return p.add_argument
+
+    flag = command(run_knn, knn)
+    flag("--k", type=int, nargs="+", default=[10])
+    flag("--votes", choices=["exp", "similarity"], default="exp")
+    flag("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
+    flag("--raw", action="store_true", help="the last block's output before the final norm")
+    flag = command(run_probe, probe)
+    flag("--epochs", type=int, default=50)
+    flag("--batch", type=int, default=1024)
+    flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
+    flag = command(run_cluster, cluster)
+    flag("--runs", type=int, default=100)
+    flag("--normalization", choices=["standardize", "l2"], default="standardize")
+    flag = command(run_finetune, finetune)
+    flag("--blocks", type=int, default=1, help="last blocks to tune; 0: the classifier alone")
+    flag("--epochs", type=float, default=100, help="CMAE 4.2")
+    flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
+    flag("--batch", type=int, default=1024)
     args = parser.parse_args(argv)
 
     device = start()
     encoder = load_encoder(args.encoder, args.image_size)
     encoder.pool = args.pool or encoder.pool
     encoder.to(device).requires_grad_(False)
-    train, val = load_splits(args.data, labels=True)
-    if val is None:
-        raise InputError(f"--data {args.data}: there is no val/ or test/ to evaluate on")
-    result = args.run(args, encoder, train, val, device, precision_of(args.precision, device))
+    result = args.run(args, encoder, Machine(device, precision_of(args.precision, device), args.workers))
     table(result)
     if rank() == 0:
         setting = {k: str(v) for k, v in vars(args).items() if k != "run"}

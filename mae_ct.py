@@ -361,7 +361,7 @@ def main(argv):
         save_encoder(run.folder / "encoder.pt", encoder)
     if val and "ct" in stages:
         untuned = load_encoder(first).to(device)
-        x = [features(e, val, device, run.precision, run.workers)[0] for e in (untuned, encoder)]
+        x = [features(e, val, run)[0] for e in (untuned, encoder)]
         if rank() == 0:
             picture_retrieval(run.folder / "retrieval.png", *x, val.labels, val, s, device)
     run.close()

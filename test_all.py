@@ -350,7 +350,7 @@ def outcomes(folder):
     found = dict(gather=gather_outcome(), batch_norm=batch_norm_outcome(5), batch_norm_heads=batch_norm_outcome(2, 5))
     found["uniform"] = uniform((0, "key"), part(torch.arange(8)), 3)
     encoder, images = vit().float(), Images(torch.arange(7), [], pixels=pictures(7, 32, 32))
-    found["features"] = protocols.features(encoder, images, CPU)[0]
+    found["features"] = protocols.features(encoder, images, protocols.Machine(CPU))[0]
     found["knn"] = protocols.knn(*knn_data(), ks=(1, 5, 20))
     x, y = normal(20, 4).float(), torch.arange(20) % 3
     found["probe"] = protocols.probe(protocols.cached_batches(x, y, 8, 3), 6, 1, 3, x, y, 8)[1].weight.detach()
@@ -359,7 +359,7 @@ def outcomes(folder):
     loss.backward()
     found["nt_xent"] = dict(loss=loss.detach(), gradients=[v.grad / common.world() for v in z])
     images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
-    found["finetune"] = protocols.finetune(encoder, images, images, 1, 5, 2.0, CPU, batch=8)
+    found["finetune"] = protocols.finetune(encoder, images, images, protocols.Machine(CPU), 1, 5, 2.0, batch=8)
     with contextlib.redirect_stdout(io.StringIO()):
         for micro_batch in (0, 2):
             for name, changes in STEPS.items():
@@ -1986,10 +1986,11 @@ def test_a_post_norm_encoder_does_not_pass_for_a_pre_norm_one(tmp_path):
 
 
 def test_an_encoder_file_says_what_a_reader_needs(tmp_path):
-    common.save_encoder(tmp_path / "encoder.pt", nano(pool="mean"), epochs=3)
-    assert torch.load(tmp_path / "encoder.pt")["encoder"] == dict(
+    common.save_encoder(tmp_path / "encoder.pt", nano(pool="mean"), more=3)
+    content = torch.load(tmp_path / "encoder.pt")
+    assert content["more"] == 3 and content["encoder"] == dict(
         image_size=32, patch_size=8, dim=128, depth=2, heads=4, post_norm=False, pool="mean", final_norm=True,
-        stem="patch", epochs=3,
+        stem="patch",
     )  # fmt: skip
     x = normal(1, 3, 32, 32).float()
     for encoder in (nano(pool="mean"), nano(post_norm=True), nano(dim=24, heads=3)):
@@ -2319,10 +2320,13 @@ def test_a_whole_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_pa
             for name in results[stage].keys() & written.keys():
                 assert written[name] == pytest.approx(results[stage][name], abs=1e-3), (stage, name)
 
-    probe, val = torch.load(out / "probe.pt"), common.load_images(str(data), "val")
-    x, y = protocols.features(common.load_encoder(out / "encoder.pt"), val, CPU)
-    logits = (x - probe["mean"]) / (probe["var"] + probe["eps"]).sqrt() @ probe["weight"].T + probe["bias"]
+    val, encoder = common.load_images(str(data), "val"), common.load_encoder(out / "encoder.pt")
+    classifier = protocols.load_classifier(out / "probe.pt", encoder)
+    logits, y = protocols.outputs(classifier, val, 16, protocols.Machine(CPU))
     assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(written_probe(out), abs=1e-3)
+    x, state = protocols.features(encoder, val, protocols.Machine(CPU))[0], torch.load(out / "probe.pt")["classifier"]["state"]
+    by_hand = (x - state["norm.running_mean"]) / (state["norm.running_var"] + 1e-5).sqrt() @ state["head.weight"].T
+    assert error(logits, by_hand + state["head.bias"]) < 1e-4
 
 
 def written_probe(out):
@@ -2634,9 +2638,11 @@ def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
         assert accuracy == pytest.approx(100 * right / 18)
     assert protocols.knn_per_block(encoder, train, val, run, blocks=[3, 1]) == [found[2], found[0]]
     seen, real = [], protocols.features
-    with mock.patch.object(protocols, "features", lambda *args: (seen.append(args), real(*args))[1]):
+    record = lambda *args, **more: seen.append((args, more)) or real(*args, **more)
+    with mock.patch.object(protocols, "features", record):
         protocols.knn_per_block(encoder, train, val, run, bank=12)
-    (_, _, *_, drawn), whole = seen
+    (_, kept), (whole, _) = seen
+    drawn = kept["index"]
     assert len(set(drawn.tolist())) == 12 and len(train.labels[drawn].unique()) == 3 and whole[1] is val
 
 
@@ -3507,7 +3513,7 @@ def test_nearest_in_chunks_is_nearest_at_once():
 
 def test_features_are_those_of_each_image_alone_in_order():
     encoder, images = vit(pool="mean").float(), Images(torch.arange(9), [], pixels=pictures(9, 32, 32))
-    x, y = protocols.features(encoder, images, CPU)
+    x, y = protocols.features(encoder, images, protocols.Machine(CPU))
     for n in range(9):
         tokens = encoder(common.augment(images.pixels[n : n + 1]))
         assert error(x[n], tokens[0, 1:].mean(0)) < 1e-5
@@ -3517,7 +3523,7 @@ def test_features_are_those_of_each_image_alone_in_order():
 def test_an_unreadable_image_is_evaluated_as_the_one_in_its_place(tmp_path):
     files = write_pictures(tmp_path, [(32 + i, 32) for i in range(4)], "jpg")
     files[1].write_bytes(files[1].read_bytes()[:200])
-    x, y = protocols.features(vit().float(), Images(torch.arange(4), list("abcd"), files=files), CPU)
+    x, y = protocols.features(vit().float(), Images(torch.arange(4), list("abcd"), files=files), protocols.Machine(CPU))
     assert y.tolist() == [0, 2, 2, 3] and torch.equal(x[1], x[2])
 
 
@@ -3561,7 +3567,7 @@ def test_cached_batches_visit_every_sample_once_an_epoch_and_are_split_over_rank
 
 def test_augmented_batches_are_features_of_crops():
     encoder, images = vit().float(), tiny_images(12)
-    found = list(protocols.augmented_batches(encoder, images, 4, 2, CPU, torch.float32, 0))
+    found = list(protocols.augmented_batches(lambda x: encoder(x)[:, 0], images, 32, 4, 2, protocols.Machine(CPU)))
     batches = list(common.batches(images, [View(32, (0.08, 1.0))], 4, 0, 6, 0, CPU, 0, {}))
     assert len(found) == 6
     for (x, y), data in zip(found, batches):
@@ -3603,7 +3609,7 @@ def test_finetuning_trains_the_last_blocks_and_a_linear_classifier(blocks):
     real = nn.Linear.forward
     record = lambda self, x: logits.append(real(self, x)) or logits[-1]
     with mock.patch.object(nn.Linear, "forward", record):
-        found = protocols.finetune(encoder, images, images, blocks, 5, 2.0, CPU, batch=8)
+        found = protocols.finetune(encoder, images, images, protocols.Machine(CPU), blocks, 5, 2.0, batch=8)
     expected = finetuned(encoder, images, blocks)
     assert error(logits[-1], expected) < 1e-3  # after 20 steps of AdamW in float32
     assert found["finetune"] == pytest.approx(100 * (expected.argmax(1) == images.labels).float().mean().item())
@@ -3686,6 +3692,24 @@ def test_clusters_are_scored_on_normalised_features(normalization):
     assert found["nmi"] == pytest.approx(protocols.cluster_scores(y, assigned[losses.argmin()])["nmi"])
     every = [metrics.normalized_mutual_info_score(y, a) for a in assigned]
     assert found["average"]["nmi"] == pytest.approx(100 * np.mean(every))
+
+
+# ----------------------------------------------------------------------------------------------------------- few labels
+
+
+# --------------------------------------------------------------------------------------------------- retrieval and maps
+
+
+# --------------------------------------------------------------------------------------------------- what features hold
+
+
+# ---------------------------------------------------------------------------------------------- robustness and transfer
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

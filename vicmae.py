@@ -218,16 +218,13 @@ def pretrain(run, method, f, decoder, branch, videos):
 def report(run, name, encoder, images, videos, frames=4):
     """Video-to-image transfer, by mean-pooled patches (`knn`, `probe`, …) and by [CLS]; linear probes of videos, by the
     mean of some frames' features, on the object and on its motion. Into results.json under `name`."""
-    where = (run.device, run.precision, run.workers)
     values = {}
     if images:
         values = evaluate(encoder, *images, run)
-        encoder.pool = "cls"
-        sets = [t for split in images for t in features(encoder, split, *where)]
-        encoder.pool = "mean"
+        sets = [t for split in images for t in features(encoder, split, run, pool="cls")]
         values |= dict(knn_cls=knn(*sets)["knn"], probe_cls=cached_probe(*sets)["probe"])
     if videos:
-        sets = [features(encoder, v.stills(frames), *where) for v in videos]
+        sets = [features(encoder, v.stills(frames), run) for v in videos]
         x, test_x = (x.unflatten(0, (-1, frames)).mean(1) for x, _ in sets)
         values["video_object"] = cached_probe(x, sets[0][1][::frames], test_x, sets[1][1][::frames])["probe"]
         if videos[0].motions is not None:
