@@ -388,6 +388,122 @@ def run_probe(args, encoder, run):
 # ----------------------------------------------------------------------------------------------------------- few labels
 
 
+def minimise(function, w, tolerance=1e-4, memory=10, iterations=1000):
+    """L-BFGS (Nocedal & Wright 2006, Algorithm 7.5) for a convex function, (value, gradient) = function(w): returns w.
+
+    A step satisfies the weak Wolfe conditions (bisection, Lewis & Overton 2013), so early ones may be long. Ends where the
+    quadratic model promises to lower the value by less than `tolerance` of it.
+    """
+    value, gradient = function(w)
+    pairs = []  # the last changes of w and of the gradient, and the inverse of their product
+    dot = lambda a, b: (a * b).sum().item()
+    for _ in range(iterations):
+        direction, along = gradient.clone(), []
+        for s, y, r in reversed(pairs):
+            along.append(r * dot(s, direction))
+            direction -= along[-1] * y
+        direction *= 1 / (pairs[-1][2] * dot(y, y)) if pairs else 1 / max(math.sqrt(dot(gradient, gradient)), 1e-30)
+        for s, y, r in pairs:
+            direction += s * (along.pop() - r * dot(y, direction))
+        slope = dot(gradient, direction)
+        if pairs and slope / 2 <= tolerance * value:
+            break
+        step, low, high = 1.0, 0.0, math.inf
+        for _ in range(30):
+            new = w - step * direction
+            new_value, new_gradient = function(new)
+            if not new_value <= value - 1e-4 * step * slope:
+                high = step
+            elif dot(new_gradient, direction) > 0.9 * slope:
+                low = step
+            else:
+                break
+            step = 4 * step if high == math.inf else (low + high) / 2
+        s, y = new - w, new_gradient - gradient
+        if dot(s, y) <= 0:  # no more progress in this precision
+            break
+        pairs = [*pairs, (s, y, 1 / dot(s, y))][-memory:]
+        w, value, gradient = new, new_value, new_gradient
+    return w
+
+
+def logistic_regression(x, y, classes, penalties, tolerance=1e-4):
+    """Multinomial logistic regression without intercept: for each penalty the W [D, C] that minimises
+    mean cross-entropy(x W, y) + penalty / 2 · |W|². Each starts from the solution of the next larger penalty.
+
+    x [N, D], y [N]; scikit-learn's C is 1 / (penalty · N). Returns {penalty: W}.
+    """
+    solutions, w = {}, x.new_zeros(x.shape[1], classes)
+    for penalty in sorted(penalties, reverse=True):
+
+        def loss(w):
+            logits = x @ w  # [N, C]
+            log_sum = logits.logsumexp(1, keepdim=True)
+            value = (log_sum - logits.gather(1, y[:, None])).mean() + penalty / 2 * w.square().sum()
+            error = (logits - log_sum).exp_().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
+            return value.item(), torch.addmm(w, x.T, error, beta=penalty, alpha=1 / len(x))
+
+        w = solutions[penalty] = minimise(loss, w, tolerance)
+    return solutions
+
+
+def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512, seed=0):
+    """CAN's few-shot classifier (its appendix C): W [D, C] of a linear layer, learning rate 0.01, 2500 steps.
+
+    What it refers to (Dosovitskiy et al. 2021, Table 4) has SGD with momentum 0.9, batch 512, cosine, gradients clipped to
+    1. Chosen: features of unaugmented images, no warm-up, a start at 0, no bias.
+    """
+    w = x.new_zeros(x.shape[1], classes, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=lr, momentum=0.9)
+    for step in range(steps):
+        rows = (uniform((seed, step, "fewshot"), torch.arange(min(batch, len(x))), 1)[:, 0] * len(x)).long().to(x.device)
+        optimizer.zero_grad()
+        F.cross_entropy(x[rows] @ w, y[rows]).backward()
+        nn.utils.clip_grad_norm_([w], 1.0)
+        optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, steps, 0)
+        optimizer.step()
+    return w.detach()
+
+
+def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
+    """A linear classifier from a few labels a class, mean accuracy in percent over several splits.
+
+    "logistic": L2-regularised logistic regression, without intercept (MAE-CT A.3, MIM-Refiner C.5, both after MSN): its
+    penalty is 0.00025 / N, training features are centred and L2-normalised, test features are taken as they are (the
+    authors' code). "can": `linear_fewshot`.
+
+    Args:
+        x [N, D], y [N]: of all training images; test_x [n, D], test_y [n]; splits: index tensors into x.
+    Returns:
+        {"lowshot": mean accuracy, "std" over splits, "by_split"}.
+    """
+    accuracy, classes = [], int(max(y.max(), test_y.max())) + 1
+    for split in splits:
+        few, labels = x[split], y[split]
+        if recipe == "logistic":
+            few = F.normalize(few - few.mean(0), dim=1)
+            (w,) = logistic_regression(few, labels, classes, [penalty / len(few)]).values()
+        else:
+            w = linear_fewshot(few, labels, classes)
+        accuracy.append(100 * ((test_x @ w).argmax(1) == test_y).float().mean().item())
+    return {"lowshot": float(np.mean(accuracy)), "std": float(np.std(accuracy)), "by_split": accuracy}
+
+
+def run_lowshot(args, encoder, run):
+    """Subcommand lowshot: one result for each number of shots, or one for all the lists."""
+    train, val = splits(args)
+    draws = {shots: [drawn(train.labels, shots, seed=seed) for seed in range(args.splits)] for shots in args.shots}
+    if args.lists:
+        draws = {"lists": [listed(train, path) for path in args.lists]}
+    needed = torch.cat([split for of in draws.values() for split in of]).unique()
+    blocks = [encoder.depth] if args.raw else None
+    (x, y), (test_x, test_y) = features(encoder, train, run, blocks, index=needed), features(encoder, val, run, blocks)
+    place = torch.empty(len(train), dtype=torch.long)
+    place[needed] = torch.arange(len(needed))
+    sets = (x.flatten(1), y, test_x.flatten(1), test_y)
+    return {str(n): lowshot(*sets, [place[split] for split in of], recipe=args.recipe) for n, of in draws.items()}
+
+
 # ---------------------------------------------------------------------------------------------------- fine-tuning
 
 
@@ -623,12 +739,19 @@ def evaluate(encoder, train, val, run, normalization="standardize"):
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
 
+def shown(value):
+    """A number, a list or a dict of numbers as text."""
+    if isinstance(value, dict):
+        return "  ".join(f"{k}: {shown(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def table(result):
-    """Prints a protocol's numbers, one a line; nested dicts in one line."""
+    """Prints a protocol's numbers, one a line; lists and dicts in one line."""
     for name, value in result.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k}: {v:.2f}" for k, v in value.items())
-        print0(f"{name:>16}  {value:.2f}" if isinstance(value, float) else f"{name:>16}  {value}")
+        print0(f"{name:>16}  {shown(value)}")
 
 
 def main(argv):
@@ -658,6 +781,12 @@ def main(argv):
     flag("--epochs", type=int, default=50)
     flag("--batch", type=int, default=1024)
     flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
+    flag = command(run_lowshot, lowshot)
+    flag("--shots", type=int, nargs="+", default=[1, 2, 5], help="labels a class; CAN: 1 5 10 25")
+    flag("--splits", type=int, default=3, help="draws of each number of shots")
+    flag("--lists", type=Path, nargs="+", help="instead: files that name the labelled images, one split each")
+    flag("--recipe", choices=["logistic", "can"], default="logistic", help="can: with --image_size 384")
+    flag("--raw", action="store_true", help="the last block's output before the final norm, as MIM-Refiner")
     flag = command(run_cluster, cluster)
     flag("--runs", type=int, default=100)
     flag("--normalization", choices=["standardize", "l2"], default="standardize")
