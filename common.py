@@ -2166,3 +2166,19 @@ def draw_curves(path, curves, x_label, y_label, width=480, height=320):
     pen.text(((left + right) / 2, height - 4), x_label, fill="black", anchor="ms")
     pen.text((4, 2), y_label, fill="black")
     write_atomic(path, lambda f: canvas.save(f, "PNG"))
+
+
+def draw_matrix(path, values, names, side=480):
+    """A picture of a matrix [rows, columns] of counts as shares of their row, white for 0 to blue for 1; `names` of the
+    rows stand beside them where there is room."""
+    share = np.asarray(values) / np.maximum(np.sum(values, 1, keepdims=True), 1)
+    shades = np.array([255, 255, 255]) + share[..., None] * (np.array([8, 48, 107]) - 255)
+    room = 120 if side / len(share) >= 11 else 0
+    canvas = Image.new("RGB", (room + side + 8, side + 8), "white")
+    picture = Image.fromarray(shades.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    canvas.paste(picture, (room + 4, 4))
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((room + 3, 3, room + side + 4, side + 4), outline="gray")
+    for i, name in enumerate(names if room else []):
+        pen.text((room, 4 + (i + 0.5) * side / len(share)), str(name)[:18], fill="black", anchor="rm")
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))

@@ -30,7 +30,7 @@ from torch import nn
 
 from common import (
     BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
+    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
     print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
@@ -108,6 +108,19 @@ def drawn(labels, shots=None, fraction=None, seed=0):
             raise InputError(f"{wanted} images a class are wanted, but class {c} has {len(of_class)}")
         kept.append(of_class[:wanted])
     return torch.cat(kept).sort().values
+
+
+def of_classes(images, path):
+    """The images of the classes that a file names, one a line (MAE-CT's ImageNet-Dogs15, MIM-Refiner's 53 food classes)."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such list of classes")
+    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    unknown = [name for name in names if name not in images.classes]
+    if unknown or len(set(names)) < 2:
+        what = f"{unknown[0]!r} is no class" if unknown else "fewer than two classes"
+        raise InputError(f"{path}: {what}; the data has {', '.join(map(str, images.classes[:5]))}, …")
+    numbers = torch.tensor([images.classes.index(name) for name in names])
+    return images.subset(torch.isin(images.labels, numbers).nonzero()[:, 0], names)
 
 
 def center_views(images, size, device, workers, index, batch=256):
@@ -388,7 +401,7 @@ def run_probe(args, encoder, run):
 # ----------------------------------------------------------------------------------------------------------- few labels
 
 
-def minimise(function, w, tolerance=1e-4, memory=10, iterations=1000):
+def minimise(function, w, tolerance=1e-5, memory=10, iterations=1000):
     """L-BFGS (Nocedal & Wright 2006, Algorithm 7.5) for a convex function, (value, gradient) = function(w): returns w.
 
     A step satisfies the weak Wolfe conditions (bisection, Lewis & Overton 2013), so early ones may be long. Ends where the
@@ -427,7 +440,7 @@ def minimise(function, w, tolerance=1e-4, memory=10, iterations=1000):
     return w
 
 
-def logistic_regression(x, y, classes, penalties, tolerance=1e-4):
+def logistic_regression(x, y, classes, penalties, tolerance=1e-5):
     """Multinomial logistic regression without intercept: for each penalty the W [D, C] that minimises
     mean cross-entropy(x W, y) + penalty / 2 · |W|². Each starts from the solution of the next larger penalty.
 
@@ -481,7 +494,7 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
     for split in splits:
         few, labels = x[split], y[split]
         if recipe == "logistic":
-            few = F.normalize(few - few.mean(0), dim=1)
+            few = F.normalize(few - few.mean(1, keepdim=True), dim=1)
             (w,) = logistic_regression(few, labels, classes, [penalty / len(few)]).values()
         else:
             w = linear_fewshot(few, labels, classes)
@@ -561,47 +574,66 @@ def run_finetune(args, encoder, run):
 # ------------------------------------------------------------------------------------------------------ clustering
 
 
-def squared_distances(x, centres):
-    """[N, D] and [R, K, D] → [R, N, K]."""
-    return (x.square().sum(-1)[:, None] - 2 * x @ centres.transpose(1, 2) + centres.square().sum(-1)[:, None]).clamp(min=0)
+def kmeans_plus_plus(x, k, runs, precision, seed):
+    """Indices [runs, k] of starting points, for all runs at once: greedy k-means++ (Arthur & Vassilvitskii 2007), where
+    the best of 2 + log k candidates becomes the next centre (scikit-learn's rule)."""
+    every, trials = torch.arange(runs, device=x.device), 2 + int(math.log(k))
+    low, squares = x.to(precision), x.square().sum(1)
+
+    def distances(i):  # squared ones from points i [runs, t] to all: [runs, t, N]
+        i = i.flatten()
+        return (squares - 2 * (low[i] @ low.T).to(x.dtype) + squares[i][:, None]).clamp_(min=0).view(runs, -1, len(x))
+
+    chosen = (uniform((seed, "k-means++"), every, 1) * len(x)).long()
+    nearest = distances(chosen)[:, 0]  # [runs, N]
+    for step in range(1, k):
+        total = nearest.cumsum(1)
+        dice = uniform((seed, "k-means++", step), every, trials) * total[:, -1:]
+        candidates = torch.searchsorted(total, dice.to(total)).clamp_(max=len(x) - 1)  # with the odds of their distances
+        to_nearest = torch.minimum(distances(candidates), nearest[:, None])  # [runs, trials, N]
+        best = to_nearest.sum(-1).argmin(1)
+        nearest = to_nearest[every, best]
+        chosen = torch.cat([chosen, candidates[every, best][:, None]], 1)
+    return chosen
 
 
 @torch.no_grad()
-def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0):
-    """k-means (Lloyd) from k-means++ starts, many runs at once on the device.
+def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=torch.float32):
+    """k-means (Lloyd) from k-means++ starts.
 
-    Iterations end when no run's centres move, in squared length, by more than tolerance · mean feature variance (scikit-
-    learn's rule for each run). A cluster that loses all its points keeps its centre.
+    Points go to their centres in `precision` until the centres stand still, from then on in x's own type until they do so
+    there. They stand still when they moved, in squared length, by no more than tolerance · mean feature variance
+    (scikit-learn's rule). A cluster that loses all its points keeps its centre. Under torchrun each rank has its part of
+    the runs.
 
     Args:
         x [N, D]; k clusters.
     Returns:
         assignments [runs, N] and losses [runs] (sum of squared distances).
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    group = max(1, 2**26 // (len(x) * k))
+    x = x - x.mean(0)  # what is rounded should be small
+    low, tolerance = x.to(precision), tolerance * x.var(0, unbiased=False).mean()
+    share = math.ceil(runs / world())
+    starts = kmeans_plus_plus(x, k, runs, precision, seed)
+    starts = starts[torch.arange(rank() * share, (rank() + 1) * share) % runs]
     assignments, losses = [], []
-    for first in range(0, runs, group):
-        r = min(group, runs - first)
-        centres = x[torch.randint(len(x), (r, 1), generator=generator, device=x.device)]  # [r, 1, D]
-        nearest = squared_distances(x, centres)[..., 0]  # [r, N]
-        for _ in range(k - 1):
-            chosen = torch.multinomial(nearest.clamp(min=1e-30), 1, generator=generator)
-            centres = torch.cat([centres, x[chosen]], 1)
-            nearest = torch.minimum(nearest, squared_distances(x, x[chosen])[..., 0])
+    for start in progress(starts, share, "k-means runs"):
+        centres, points = x[start], low
         for _ in range(iterations):
-            assigned = squared_distances(x, centres).argmin(-1)  # [r, N]
-            onehot = F.one_hot(assigned, k).to(x.dtype)  # [r, N, k]
-            count = onehot.sum(1)[..., None]
-            new = torch.where(count > 0, onehot.transpose(1, 2) @ x / count.clamp(min=1), centres)
-            moved = (new - centres).square().sum((1, 2)).max()
-            centres = new
-            if moved <= tolerance * x.var(0).mean():
-                break
-        distance, assigned = squared_distances(x, centres).min(-1)
-        assignments.append(assigned)
-        losses.append(distance.sum(1))
-    return torch.cat(assignments), torch.cat(losses)
+            half = centres.square().sum(1) / 2
+            assigned = (half - points @ centres.to(points.dtype).T).min(1).indices  # the least |c|² / 2 − x·c
+            count = torch.bincount(assigned, minlength=k)
+            means = F.embedding_bag(assigned.argsort(), x, count.cumsum(0) - count, mode="mean")
+            means = torch.where(count[:, None] > 0, means, centres)
+            moved, centres = (means - centres).square().sum(), means
+            if moved <= tolerance:
+                if points is x:
+                    break
+                points = x
+        nearest = (centres.square().sum(1) / 2 - x @ centres.T).min(1)
+        assignments.append(nearest.indices)
+        losses.append((2 * nearest.values + x.square().sum(1)).double().sum())
+    return gather(torch.stack(assignments))[:runs], gather(torch.stack(losses))[:runs].to(x.dtype)
 
 
 def contingency(truth, assigned):
@@ -682,34 +714,44 @@ def davies_bouldin(x, y):
     return ratio.max(1).values.mean().item()
 
 
-def cluster(x, y, runs=100, normalization="standardize", seed=0):
-    """k-means with as many clusters as classes; the run of the lowest loss is scored (MAE-CT B.3).
+def cluster(x, y, runs=100, normalization="standardize", seed=0, precision=torch.float32):
+    """k-means with as many clusters as classes; the run of the lowest loss is scored (MAE-CT B.3, MIM-Refiner C.12).
 
     Silhouette and Davies-Bouldin are those of the ground-truth classes, on the same features. The papers use scikit-
     learn's mini-batch k-means; this is the full one.
 
     Args:
-        x [N, D], y [N]; normalization: "standardize" (MAE-CT) or "l2" (MIM-Refiner).
+        x [N, D], y [N]; normalization: "standardize" (MAE-CT) or "l2" (MIM-Refiner); precision: see `kmeans`.
     Returns:
-        dict of cluster_acc, nmi, ami, ari, silhouette (percent), davies_bouldin, loss, and the averages over runs
-        (MAE-CT Table 20) under "average".
+        (dict of cluster_acc, nmi, ami, ari, silhouette (percent), davies_bouldin, loss, and the averages over runs
+        (MAE-CT Tables 20, 22) under "average"; the confusion matrix [classes, clusters], clusters in the order of the
+        classes that they are matched with).
     """
     if normalization == "standardize":
         std, mean = torch.std_mean(x, 0, unbiased=False)
         x = (x - mean) / std.clamp(min=1e-12)
     else:
         x = F.normalize(x, dim=1)
-    assigned, losses = kmeans(x, len(y.unique()), runs, seed=seed)
+    y = y.unique(return_inverse=True)[1]
+    assigned, losses = kmeans(x, int(y.max()) + 1, runs, seed=seed, precision=precision)
     every = [cluster_scores(y, a) for a in assigned]
     best = losses.argmin().item()
     average = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
     of_classes = {"silhouette": silhouette(x, y), "davies_bouldin": davies_bouldin(x, y)}
-    return every[best] | of_classes | {"loss": losses[best].item(), "average": average}
+    confusion = contingency(y, assigned[best])
+    confusion = confusion[:, linear_sum_assignment(-confusion)[1]]
+    return every[best] | of_classes | {"loss": losses[best].item(), "average": average}, confusion
 
 
 def run_cluster(args, encoder, run):
-    """Subcommand cluster, on the validation set."""
-    return cluster(*features(encoder, splits(args)[1], run), args.runs, args.normalization)
+    """Subcommand cluster, on the validation set or some classes of it; draws the best run's confusion matrix."""
+    images = splits(args)[1]
+    if args.classes:
+        images = of_classes(images, args.classes)
+    result, confusion = cluster(*features(encoder, images, run), args.runs, args.normalization, precision=run.precision)
+    if rank() == 0:
+        draw_matrix(args.encoder.parent / "confusion.png", confusion, images.classes)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- retrieval and maps
@@ -734,7 +776,7 @@ def evaluate(encoder, train, val, run, normalization="standardize"):
     """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
     feature. `normalization` is that of `cluster`."""
     (x, y), (test_x, test_y) = (features(encoder, images, run) for images in (train, val))
-    clusters = cluster(test_x, test_y, normalization=normalization)
+    clusters, _ = cluster(test_x, test_y, normalization=normalization, precision=run.precision)
     values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
@@ -790,6 +832,7 @@ def main(argv):
     flag = command(run_cluster, cluster)
     flag("--runs", type=int, default=100)
     flag("--normalization", choices=["standardize", "l2"], default="standardize")
+    flag("--classes", type=Path, help="file that names the classes to cluster, one a line")
     flag = command(run_finetune, finetune)
     flag("--blocks", type=int, default=1, help="last blocks to tune; 0: the classifier alone")
     flag("--epochs", type=float, default=100, help="CMAE 4.2")
