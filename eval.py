@@ -451,8 +451,9 @@ def logistic_regression(x, y, classes, penalties, tolerance=1e-5):
 
         def loss(w):
             logits = x @ w  # [N, C]
+            logits = logits - logits.gather(1, y[:, None])  # so that a loss near 0 does not cancel
             log_sum = logits.logsumexp(1, keepdim=True)
-            value = (log_sum - logits.gather(1, y[:, None])).mean() + penalty / 2 * w.square().sum()
+            value = log_sum.mean() + penalty / 2 * w.square().sum()
             error = (logits - log_sum).exp_().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
             return value.item(), torch.addmm(w, x.T, error, beta=penalty, alpha=1 / len(x))
 
