@@ -401,48 +401,48 @@ def run_probe(args, encoder, run):
 # ----------------------------------------------------------------------------------------------------------- few labels
 
 
-def minimise(function, w, tolerance=1e-5, memory=10, iterations=1000):
+def minimise(function, w, convexity, tolerance=1e-3, memory=10, iterations=1000):
     """L-BFGS (Nocedal & Wright 2006, Algorithm 7.5) for a convex function, (value, gradient) = function(w): returns w.
 
-    A step satisfies the weak Wolfe conditions (bisection, Lewis & Overton 2013), so early ones may be long. Ends where the
-    quadratic model promises to lower the value by less than `tolerance` of it.
+    A step is bisected until the slope along it has fallen, but not far below 0; early ones may be long. Ends where the
+    value is certain to be within `tolerance` of the least one (or rounding forbids progress): if the second derivatives
+    are nowhere below `convexity`, the distance is at most |gradient|² / (2 · convexity).
     """
     value, gradient = function(w)
     pairs = []  # the last changes of w and of the gradient, and the inverse of their product
     dot = lambda a, b: (a * b).sum().item()
     for _ in range(iterations):
+        if dot(gradient, gradient) <= 2 * convexity * tolerance * value:
+            break
         direction, along = gradient.clone(), []
         for s, y, r in reversed(pairs):
             along.append(r * dot(s, direction))
             direction -= along[-1] * y
-        direction *= 1 / (pairs[-1][2] * dot(y, y)) if pairs else 1 / max(math.sqrt(dot(gradient, gradient)), 1e-30)
+        direction *= 1 / (pairs[-1][2] * dot(y, y)) if pairs else 1 / math.sqrt(dot(gradient, gradient))
         for s, y, r in pairs:
             direction += s * (along.pop() - r * dot(y, direction))
         slope = dot(gradient, direction)
-        if pairs and slope / 2 <= tolerance * value:
-            break
         step, low, high = 1.0, 0.0, math.inf
         for _ in range(30):
             new = w - step * direction
             new_value, new_gradient = function(new)
-            if not new_value <= value - 1e-4 * step * slope:
-                high = step
-            elif dot(new_gradient, direction) > 0.9 * slope:
-                low = step
-            else:
+            ahead = dot(new_gradient, direction)  # the slope there: of a convex function it tells more than its value
+            if 0.9 * slope >= ahead >= -0.5 * slope:
                 break
+            low, high = (step, high) if ahead > 0 else (low, step)
             step = 4 * step if high == math.inf else (low + high) / 2
         s, y = new - w, new_gradient - gradient
-        if dot(s, y) <= 0:  # no more progress in this precision
+        if dot(s, y) <= 0:
             break
         pairs = [*pairs, (s, y, 1 / dot(s, y))][-memory:]
         w, value, gradient = new, new_value, new_gradient
     return w
 
 
-def logistic_regression(x, y, classes, penalties, tolerance=1e-5):
+def logistic_regression(x, y, classes, penalties, tolerance=1e-3):
     """Multinomial logistic regression without intercept: for each penalty the W [D, C] that minimises
-    mean cross-entropy(x W, y) + penalty / 2 · |W|². Each starts from the solution of the next larger penalty.
+    mean cross-entropy(x W, y) + penalty / 2 · |W|². Each starts from the solution of the next larger penalty and is within
+    `tolerance` of the least value.
 
     x [N, D], y [N]; scikit-learn's C is 1 / (penalty · N). Returns {penalty: W}.
     """
@@ -457,7 +457,7 @@ def logistic_regression(x, y, classes, penalties, tolerance=1e-5):
             error = (logits - log_sum).exp_().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
             return value.item(), torch.addmm(w, x.T, error, beta=penalty, alpha=1 / len(x))
 
-        w = solutions[penalty] = minimise(loss, w, tolerance)
+        w = solutions[penalty] = minimise(loss, w, penalty, tolerance)
     return solutions
 
 

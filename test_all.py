@@ -3769,7 +3769,7 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic():
     a = normal(12, 12)
     a, b = a @ a.T + 0.1 * torch.eye(12).double(), normal(12)
     function = lambda w: ((w @ a @ w / 2 - b @ w + 100).item(), a @ w - b)
-    assert error(protocols.minimise(function, torch.zeros(12).double(), 1e-14), torch.linalg.solve(a, b)) < 1e-5
+    assert error(protocols.minimise(function, torch.zeros(12).double(), 0.1, 1e-14), torch.linalg.solve(a, b)) < 1e-5
 
 
 def test_fewshot_classifier_is_a_plain_loop():
