@@ -2182,3 +2182,17 @@ def draw_matrix(path, values, names, side=480):
     for i, name in enumerate(names if room else []):
         pen.text((room, 4 + (i + 0.5) * side / len(share)), str(name)[:18], fill="black", anchor="rm")
     write_atomic(path, lambda f: canvas.save(f, "PNG"))
+
+
+def draw_points(path, points, labels, names, side=480):
+    """A picture of points [N, 2], coloured by label; up to 20 names stand in a legend."""
+    low, high = points.min(0).values, points.max(0).values
+    at = ((points - low) / (high - low).clamp(min=1e-12) * (side - 16) + 8).tolist()
+    canvas = Image.new("RGB", (side + 140 * (len(names) <= 20), side), "white")
+    pen = ImageDraw.Draw(canvas)
+    colours = [f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)" for i in range(len(names))]
+    for (x, y), label in zip(at, labels.tolist()):
+        pen.ellipse((x - 1.5, side - y - 1.5, x + 1.5, side - y + 1.5), fill=colours[label])
+    for i, name in enumerate(names if len(names) <= 20 else []):
+        pen.text((side + 8, 8 + 14 * i), str(name)[:20], fill=colours[i])
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))

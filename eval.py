@@ -12,13 +12,13 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 
 import argparse
 import copy
-import functools
 import json
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,11 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
-    print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, InputError, MAEDecoder, MEAN, Parser, RunSettings, STD, View, adamw, adjust_brightness,
+    adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients, backward, batches, channels,
+    check_batch, decode, draw, draw_curves, draw_matrix, draw_points, gather, launch, load_encoder, load_file,
+    load_splits, load_state, mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank,
+    save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -390,7 +392,7 @@ def run_probe(args, encoder, run):
     if args.cached:
         stream = cached_batches(*features(encoder, train, run), batch, args.epochs)
     else:
-        stream = augmented_batches(functools.partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
+        stream = augmented_batches(partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
     warmup = args.epochs // 10 * per_epoch
     result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
     if rank() == 0:
@@ -758,7 +760,270 @@ def run_cluster(args, encoder, run):
 # --------------------------------------------------------------------------------------------------- retrieval and maps
 
 
+def draw_neighbours(path, images, size, index, caption, labels=None):
+    """A picture grid: each row of `index` [R, K] is a row of images; where labels [R] are given, those of the row's class
+    are framed green, others red."""
+    rows = []
+    for r, row in enumerate(index.cpu()):
+        views = [v for v, _ in center_views(images, size, torch.device("cpu"), 0, row)]
+        frames = None if labels is None else ["green" if images.labels[i] == labels[r] else "red" for i in row]
+        rows.append((caption(r), torch.cat(views), frames))
+    draw(path, rows)
+
+
+def run_retrieve(args, encoder, run):
+    """Subcommand retrieve: the nearest neighbours of some samples (MAE-CT Figure 11), and of the centres of k-means
+    clusters (Figures 5, 10), as pictures; the share of neighbours of the same class where there are labels.
+
+    Features are L2-normalised for the former, standardised for the latter. A cluster's class is that of most of its
+    samples. Chosen: samples drawn at random, the largest clusters.
+    """
+    train, val = load_splits(args.data)
+    images, size, folder = val or train, encoder.config["image_size"], args.encoder.parent
+    x, y = features(encoder, images, run)
+    labelled = bool(images.classes)
+    if args.neighbours >= len(x):
+        raise InputError(f"--neighbours {args.neighbours}: the data has {len(x)} images")
+    unit = F.normalize(x, dim=1)
+    queries = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()[: args.samples].to(x.device)
+    index = nearest(unit, unit[queries], args.neighbours + 1)[1]  # the sample itself is the first
+    caption = lambda r: str(images.classes[y[queries[r]]]) if labelled else f"image {queries[r]}"
+    if rank() == 0:
+        draw_neighbours(folder / "neighbours.png", images, size, index, caption, y[queries] if labelled else None)
+    result = dict(neighbours=100 * (y[index[:, 1:]] == y[queries, None]).float().mean().item()) if labelled else {}
+
+    std, mean = torch.std_mean(x, 0, unbiased=False)
+    x = (x - mean) / std.clamp(min=1e-12)
+    assigned, losses = kmeans(x, args.clusters or max(2, len(images.classes)), 10, precision=run.precision)
+    assigned = assigned[losses.argmin()]
+    largest = torch.bincount(assigned).argsort(descending=True)[: args.samples]
+    centres = torch.stack([x[assigned == c].mean(0) for c in largest])
+    index = torch.cdist(centres, x).topk(args.neighbours, 1, largest=False).indices
+    of_cluster = torch.stack([y[assigned == c].mode().values for c in largest])
+    caption = lambda r: f"cluster {r + 1}" + (f": {images.classes[of_cluster[r]]}" if labelled else "")
+    if rank() == 0:
+        draw_neighbours(folder / "clusters.png", images, size, index, caption, of_cluster if labelled else None)
+    return result | (dict(of_centres=100 * (y[index] == of_cluster[:, None]).float().mean().item()) if labelled else {})
+
+
+def embed(x):
+    """Features [N, D] → two dimensions: UMAP with its default parameters (MIM-Refiner C.12) if it is installed, else the
+    first two principal components, each with its largest weight positive. Returns ([N, 2], what was used)."""
+    try:
+        from umap import UMAP
+
+        return torch.from_numpy(UMAP(random_state=0).fit_transform(x.cpu().numpy())), "UMAP"
+    except ImportError:
+        centred = x - x.mean(0)
+        _, singular, v = torch.linalg.svd(centred, full_matrices=False)
+        signs = v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
+        share = 100 * (singular[:2].square().sum() / singular.square().sum()).item()
+        return centred @ (signs * v[:2]).T, f"PCA ({share:.1f} % of the variance); for UMAP: pip install umap-learn"
+
+
+def run_embed(args, encoder, run):
+    """Subcommand embed: a picture of L2-normalised features in two dimensions, coloured by class (MAE-CT Figures 1, 4, 8;
+    MIM-Refiner Figure 5), with their silhouette."""
+    images = splits(args)[1]
+    if args.classes:
+        images = of_classes(images, args.classes)
+    x, y = features(encoder, images, run)
+    x = F.normalize(x, dim=1)
+    points, how = embed(x)
+    if rank() == 0:
+        draw_points(args.encoder.parent / "embed.png", points.cpu(), y.cpu(), images.classes)
+    return dict(embedding=how, silhouette=silhouette(x, y))
+
+
+
 # --------------------------------------------------------------------------------------------------- what features hold
+
+
+def reconstruction_per_block(encoder, train, val, run, epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16, seed=0):
+    """Loss of an MAE decoder of two blocks after every block of the frozen encoder (MIM-Refiner C.2, Figures 3d and 6).
+
+    As in training from scratch (75 % masked, AdamW, lr · batch / 256, weight decay 0.05, crops of 0.2-1), but for 20
+    epochs, 5 of them warm-up (a quarter). All decoders learn side by side from one encoder pass a batch. Chosen: they read
+    a block's output before any norm; losses are those of center crops of `val`, all under one mask.
+
+    Returns:
+        list of losses (normalised patches), block 1 first.
+    """
+    torch.manual_seed(seed)
+    blocks = list(range(1, encoder.depth + 1))
+    new = lambda: MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, dim, 2, heads)
+    decoders = nn.ModuleList(new() for _ in blocks).to(run.device)
+    optimizer = adamw(parameter_groups(decoders, lr * batch / 256, 0.05))
+    steps = round(epochs * (len(train) // batch))
+
+    def losses(x, noise):
+        """Of each sample and block: [n, B]."""
+        ids_keep, ids_restore, mask = random_masking(noise, 0.75)
+        with torch.no_grad():
+            tokens = encoder(x, ids_keep, blocks=blocks)
+        return torch.stack([mae_loss(d(t, ids_restore), x, mask) for d, t in zip(decoders, tokens)], 1)
+
+    views, patches = [View(encoder.config["image_size"], (0.2, 1.0))], math.prod(encoder.grid)
+    stream = batches(train, views, batch, 0, steps, seed, run.device, run.workers, {})
+    for step, data in enumerate(progress(stream, steps, "steps")):
+        noise = uniform((seed, "blocks", step), data.rows, patches, device=run.device)
+        encode = lambda x, noise: ((), losses(x, noise).sum(1))
+        backward(encode, None, (augment(data.views[0]), noise), precision=run.precision)
+        average_gradients(decoders.parameters())
+        set_lr(optimizer, warmup_cosine(step, steps, steps / 4))
+        optimizer.step()
+        optimizer.zero_grad()
+    one_mask = uniform((seed, "blocks"), torch.zeros(1, dtype=torch.long), patches, device=run.device)
+    found, _ = outputs(lambda x: losses(x, one_mask.expand(len(x), -1)), val, encoder.config["image_size"], run)
+    return found.mean(0).tolist()
+
+
+def run_blocks(args, encoder, run):
+    """Subcommand blocks: k-NN and reconstruction loss of every block, and both as improvements from one block to the next,
+    over the largest one (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements."""
+    train, val = splits(args)
+    batch = min(args.batch, len(train))
+    check_batch(RunSettings(data=args.data), train, batch)
+    recipe = dict(epochs=args.epochs, batch=batch, lr=args.lr, dim=args.decoder_dim, heads=args.decoder_heads)
+    result = dict(knn=knn_per_block(encoder, train, val, run))
+    result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **recipe)
+    curves = {}
+    for name, sign in (("knn", 1), ("reconstruction", -1)):
+        change = sign * np.diff(result[name])
+        result[f"{name}_improvement"] = (change / np.abs(change).max()).tolist()
+        curves[name] = (list(range(2, encoder.depth + 1)), result[f"{name}_improvement"])
+    if rank() == 0:
+        draw_curves(args.encoder.parent / "blocks.png", curves, "block", "relative improvement")
+    return result
+
+
+def effective_invariance(p, p_t):
+    """Of probabilities [N, C] of images and of their changed versions: √(p̂ p̂_t) of the predicted classes where these
+    agree, else 0: [N] (MAE-CT 4.4, after Deng et al. 2022)."""
+    (p, c), (p_t, c_t) = p.max(-1), p_t.max(-1)
+    return (p * p_t).sqrt() * (c == c_t)
+
+
+CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts are chosen
+    "rotation": [partial(torch.rot90, k=k, dims=(2, 3)) for k in (1, 2, 3)],
+    "colour": [
+        lambda x, f=f, amount=amount: f(x, torch.full((len(x),), amount, device=x.device))
+        for f, amounts in (
+            (adjust_brightness, (0.5, 1.5)),
+            (adjust_contrast, (0.5, 1.5)),
+            (adjust_saturation, (0.5, 1.5)),
+            (adjust_hue, (-0.25, 0.25)),
+        )
+        for amount in amounts
+    ],
+}
+
+
+def unstandardise(x):
+    """Standardised images → pixels in [0, 1]."""
+    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
+
+
+def invariance(classifier, images, run):
+    """Average effective invariance of a linear classifier to rotations by 90, 180, 270 degrees and to changes of brightness,
+    contrast, saturation (by factors 0.5 and 1.5) and hue (by a quarter turn either way): MAE-CT Table 6.
+
+    Returns:
+        {"rotation", "colour"}: means over images and changes, between 0 and 1.
+    """
+    predict = lambda pixels: classifier((pixels - channels(MEAN, pixels.device, pixels.dtype)) / channels(STD, pixels.device, pixels.dtype))
+
+    def changed(x):
+        pixels, p = unstandardise(x), classifier(x).softmax(-1)
+        every = [effective_invariance(p, predict(f(pixels)).softmax(-1)) for fs in CHANGES.values() for f in fs]
+        return torch.stack(every, 1)  # [n, changes]
+
+    found = outputs(changed, images, classifier.encoder.config["image_size"], run)[0].mean(0)
+    return {name: part.mean().item() for name, part in zip(CHANGES, found.split([len(fs) for fs in CHANGES.values()]))}
+
+
+def run_invariance(args, encoder, run):
+    """Subcommand invariance, on the validation set."""
+    classifier = load_classifier(args.classifier or args.encoder.parent / "probe.pt", encoder)
+    train, val = load_splits(args.data)
+    return invariance(classifier, val or train, run)
+
+
+def histograms(x, bins=64):
+    """Colour histograms of standardised images [n, 3, H, W]: each channel's shares of 64 bins, [n, 192] (MAE-CT A.4)."""
+    level = (unstandardise(x) * 255).round().long() * bins // 256
+    counts = x.new_zeros(len(x), 3, bins).scatter_add_(2, level.flatten(2), torch.ones_like(x).flatten(2))
+    return (counts / math.prod(x.shape[2:])).flatten(1)
+
+
+def colorhist(encoder, train, val, run, epochs=10, batch=1024, lr=0.1, seed=0):
+    """Histogram prediction error: how badly linear probes tell an image's colour histogram from [CLS] after each block
+    (MAE-CT A.4, Figure 3).
+
+    One probe a block, side by side: BatchNorm without weights, 192 outputs, L1 loss, otherwise as Table 11 with 10 epochs,
+    one of them warm-up, and a rate of 0.1 (at batch 256). The histogram is that of the very crop the encoder sees.
+
+    Returns:
+        list of errors in percent of those of a uniform prediction, on center crops of `val`; block 1 first.
+    """
+    torch.manual_seed(seed)
+    blocks, size = list(range(1, encoder.depth + 1)), encoder.config["image_size"]
+    norm = BatchNorm(len(blocks), encoder.dim, affine=False).to(run.device)
+    weight = nn.Parameter(torch.empty(len(blocks), encoder.dim, 192, device=run.device).normal_(std=0.01))
+    bias = nn.Parameter(torch.zeros(len(blocks), 1, 192, device=run.device))
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
+    tell = lambda x: norm(x.transpose(0, 1)) @ weight + bias  # [n, B, D] → [B, n, 192]
+    see = lambda x: torch.cat([promote(pooled(encoder, x, blocks, "cls")).flatten(1), histograms(x)], 1)
+    steps = epochs * (len(train) // batch)
+    for step, (seen, _) in enumerate(augmented_batches(see, train, size, batch, epochs, run, seed)):
+        x, truth = seen[:, :-192].unflatten(1, (len(blocks), -1)), seen[:, -192:]
+        (tell(x) - truth).abs().mean((1, 2)).sum().backward()
+        average_gradients([weight, bias])
+        optimizer.param_groups[0]["lr"] = lr * batch / 256 * warmup_cosine(step, steps, steps / epochs)
+        optimizer.step()
+        optimizer.zero_grad()
+    norm.eval()
+
+    def errors(x):
+        truth = histograms(x)
+        wrong = [(tell(promote(pooled(encoder, x, blocks, "cls"))) - truth).abs().mean(2), (1 / 64 - truth).abs().mean(1)[None]]
+        return torch.cat(wrong).T  # [n, B + 1]
+
+    found = outputs(errors, val, size, run)[0].mean(0)
+    return (100 * found[:-1] / found[-1]).tolist()
+
+
+def run_colorhist(args, encoder, run):
+    """Subcommand colorhist, with a picture of the error by block."""
+    train, val = load_splits(args.data)
+    if val is None:
+        raise InputError(f"--data {args.data}: there is no val/ or test/ with class folders to evaluate on")
+    batch = min(args.batch, len(train))
+    errors = colorhist(encoder, train, val, run, args.epochs, batch, args.lr)
+    if rank() == 0:
+        curve = {"histogram prediction error": (list(range(1, encoder.depth + 1)), errors)}
+        draw_curves(args.encoder.parent / "colorhist.png", curve, "block", "% of a uniform guess")
+    return dict(colorhist=errors, last=errors[-1])
+
+
+def run_stats(args, encoder, run):
+    """Subcommand stats: the averages over features of the mean and of the variance of [CLS], after the last block and after
+    the final norm (MIM-Refiner Table 14 does not say which)."""
+    train, val = load_splits(args.data)
+    both = lambda x: torch.stack([t[:, 0] for t in last_and_normed(encoder, x)], 1)  # [n, 2, D]
+    x, _ = outputs(both, val or train, encoder.config["image_size"], run)
+    var, mean = torch.var_mean(x, 0)
+    return {
+        name: dict(mean=mean[i].mean().item(), variance=var[i].mean().item())
+        for i, name in enumerate(("last_block", "final_norm"))
+    }
+
+
+def last_and_normed(encoder, x):
+    """Tokens after the last block, and after the final norm."""
+    (tokens,) = encoder(x, blocks=[encoder.depth])
+    return tokens, encoder.norm(tokens)
+
 
 
 # ---------------------------------------------------------------------------------------------- robustness and transfer
@@ -839,6 +1104,25 @@ def main(argv):
     flag("--epochs", type=float, default=100, help="CMAE 4.2")
     flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
     flag("--batch", type=int, default=1024)
+    flag = command(run_retrieve, run_retrieve)
+    flag("--samples", type=int, default=8, help="rows of either picture")
+    flag("--neighbours", type=int, default=9)
+    flag("--clusters", type=int, default=0, help="of k-means; default: the number of classes")
+    flag = command(run_embed, embed)
+    flag("--classes", type=Path, help="file that names the classes to show, one a line")
+    flag = command(run_blocks, reconstruction_per_block)
+    flag("--epochs", type=float, default=20)
+    flag("--batch", type=int, default=4096)
+    flag("--lr", type=float, default=1.5e-4, help="at batch 256")
+    flag("--decoder_dim", type=int, default=512)
+    flag("--decoder_heads", type=int, default=16)
+    flag = command(run_invariance, invariance)
+    flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
+    flag = command(run_colorhist, colorhist)
+    flag("--epochs", type=int, default=10)
+    flag("--batch", type=int, default=1024)
+    flag("--lr", type=float, default=0.1, help="at batch 256")
+    command(run_stats, run_stats)
     args = parser.parse_args(argv)
 
     device = start()
