@@ -890,7 +890,7 @@ def run_blocks(args, encoder, run):
     curves = {}
     for name, sign in (("knn", 1), ("reconstruction", -1)):
         change = sign * np.diff(result[name])
-        result[f"{name}_improvement"] = (change / np.abs(change).max()).tolist()
+        result[f"{name}_improvement"] = (change / max(np.abs(change).max(), 1e-12)).tolist()
         curves[name] = (list(range(2, encoder.depth + 1)), result[f"{name}_improvement"])
     if rank() == 0:
         draw_curves(args.encoder.parent / "blocks.png", curves, "block", "relative improvement")

@@ -3834,7 +3834,210 @@ def test_a_subset_keeps_what_belongs_to_its_images(folders):
 # --------------------------------------------------------------------------------------------------- retrieval and maps
 
 
+@pytest.fixture
+def labelled_encoder(folders, tmp_path):
+    """Flags that name an encoder file of 6 blocks and 16 x 16 pixels, and labelled images (4 classes)."""
+    common.save_encoder(tmp_path / "encoder.pt", randomized(common.build_vit("vit_nano8", 16)).float())
+    return ["--encoder", tmp_path / "encoder.pt", "--data", folders / "labelled", "--workers", 0, "--precision", "float32"]
+
+
+def protocol(name, *argv):
+    """Runs a subcommand of eval.py; returns what it wrote beside the encoder, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch("torch.cuda.is_available", lambda: False):
+        protocols.main([name, *map(str, argv)])
+    return json.loads((Path(argv[argv.index("--encoder") + 1]).parent / f"{name}.json").read_text()), printed.getvalue()
+
+
+def test_retrieval_draws_nearest_neighbours_and_cluster_centres(labelled_encoder, tmp_path):
+    drawn = []
+    with mock.patch.object(protocols, "draw_neighbours", lambda *args: drawn.append(args)):
+        found, _ = protocol("retrieve", *labelled_encoder, "--samples", 3, "--neighbours", 4)
+    encoder = common.load_encoder(tmp_path / "encoder.pt")
+    x, y = protocols.features(encoder, drawn[0][1], protocols.Machine(CPU))
+    neighbours, clusters = (args[3] for args in drawn)
+    assert neighbours.shape == (3, 5) and clusters.shape[1] == 4
+    right = 0
+    for row in neighbours:
+        similarity = torch.cosine_similarity(x[row[:1]], x)
+        assert similarity[row].tolist() == pytest.approx(similarity.sort(descending=True).values[:5].tolist(), abs=1e-6)
+        assert len(set(row.tolist())) == 5
+        right += sum(y[i] == y[row[0]] for i in row[1:])
+    assert found["neighbours"] == pytest.approx(100 * right.item() / 12)
+    x = (x - x.mean(0)) / x.std(0, unbiased=False)
+    assigned, losses = protocols.kmeans(x, 4, 10)
+    best = assigned[losses.argmin()]
+    for row in clusters:
+        distance = (x - x[best == best[row[0]]].mean(0)).norm(dim=1)
+        assert distance[row].tolist() == pytest.approx(distance.sort().values[:4].tolist(), abs=1e-5)
+
+
+def test_a_picture_of_neighbours_frames_the_rows_class_green(tmp_path):
+    images = Images(torch.tensor([0, 1, 0]), list("ab"), pixels=pictures(3, 16, 16))
+    protocols.draw_neighbours(tmp_path / "n.png", images, 16, torch.tensor([[2, 1]]), lambda r: "row", torch.tensor([0]))
+    found = np.array(Image.open(tmp_path / "n.png"))
+    green, red = (found == c for c in ((0, 128, 0), (255, 0, 0)))
+    assert green.all(-1).any(0)[:72].any() and red.all(-1).any(0)[72:].any() and not red.all(-1).any(0)[:70].any()
+
+
+def test_an_embedding_is_the_first_two_principal_components_where_umap_is_missing(monkeypatch):
+    from sklearn.decomposition import PCA
+
+    monkeypatch.setitem(sys.modules, "umap", None)
+    x = normal(40, 6) * torch.tensor([3, 1, 2, 1, 1, 1]) + 1
+    found, how = protocols.embed(x)
+    pca = PCA(2).fit(x.numpy())
+    assert error(found.abs(), torch.from_numpy(pca.transform(x.numpy())).abs()) < 1e-9
+    assert float(how.split("(")[1].split(" ")[0]) == pytest.approx(100 * pca.explained_variance_ratio_.sum(), abs=0.05)
+    assert error(protocols.embed(-x)[0], -found) < 1e-9  # axes have one direction
+
+
+def test_embed_draws_points_in_the_colours_of_their_classes(labelled_encoder, tmp_path):
+    found, printed = protocol("embed", *labelled_encoder)
+    assert found["embedding"].startswith(("PCA", "UMAP")) and "silhouette" in printed
+    common.draw_points(tmp_path / "p.png", torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1]), ["a", "b"], side=100)
+    picture = np.array(Image.open(tmp_path / "p.png")).astype(int)
+    low_left, high_right = picture[91:94, 7:10].min((0, 1)), picture[7:10, 91:94].min((0, 1))
+    assert low_left[0] > low_left[2] and high_right[2] > high_right[0]  # red, then cyan
+    assert (picture[:, 30:70, :] == 255).all()
+
+
+
 # --------------------------------------------------------------------------------------------------- what features hold
+
+
+def test_effective_invariance_is_the_formula():
+    p, p_t = (normal(50, 3, seed=i).softmax(-1) for i in (0, 1))
+    expected = []
+    for a, b in zip(p.tolist(), p_t.tolist()):
+        agree = a.index(max(a)) == b.index(max(b))
+        expected.append(math.sqrt(max(a) * max(b)) if agree else 0.0)
+    assert protocols.effective_invariance(p, p_t).tolist() == pytest.approx(expected)
+    assert 0 < sum(e > 0 for e in expected) < 50
+
+
+def tiny_classifier(**changes):
+    encoder = vit(**changes).float()
+    classifier = protocols.Classifier(encoder, list("abcd"), norm=common.BatchNorm(32, affine=False))
+    nn.init.normal_(classifier.head.weight)
+    return classifier.eval()
+
+
+def test_invariance_is_the_mean_over_torchvisions_changes():
+    classifier, images = tiny_classifier(), Images(torch.arange(6) % 4, list("abcd"), pixels=pictures(6, 32, 32))
+    found = protocols.invariance(classifier, images, protocols.Machine(CPU))
+    amounts = {tv.adjust_brightness: (0.5, 1.5), tv.adjust_contrast: (0.5, 1.5), tv.adjust_saturation: (0.5, 1.5),
+               tv.adjust_hue: (-0.25, 0.25)}  # fmt: skip
+    changes = dict(rotation=[lambda x, a=a: tv.rotate(x, a) for a in (90, 180, 270)],
+                   colour=[lambda x, f=f, a=a: f(x, a) for f, both in amounts.items() for a in both])  # fmt: skip
+    standard = lambda x: tv.normalize(x, common.MEAN, common.STD)
+    with torch.no_grad():
+        for name, every in changes.items():
+            values = []
+            for image in images.pixels.float() / 255:
+                p = classifier(standard(image)[None]).softmax(-1)[0]
+                for change in every:
+                    q = classifier(standard(change(image))[None]).softmax(-1)[0]
+                    values.append(math.sqrt(p.max() * q.max()) if p.argmax() == q.argmax() else 0.0)
+            assert found[name] == pytest.approx(np.mean(values), abs=2e-3) and 0 < found[name] < 1
+
+
+def test_classifiers_come_back_from_their_files(tmp_path):
+    x = normal(2, 3, 32, 32).float()
+    for changes in (dict(), dict(blocks=[1, 3], pool="both"), dict(norm=None)):
+        encoder = vit().float()
+        dim = 128 if "blocks" in changes else 32
+        norm = changes.pop("norm", common.BatchNorm(dim, affine=False, eps=1e-3))
+        classifier = protocols.Classifier(encoder, list("abcd"), norm=norm, **changes).eval()
+        if norm is not None:
+            norm.running_mean += 0.1
+        classifier.save(tmp_path / "probe.pt", with_encoder=False)
+        classifier.save(tmp_path / "finetuned.pt", with_encoder=True)
+        for file, given in (("probe.pt", encoder), ("finetuned.pt", vit(depth=2).float())):
+            again = protocols.load_classifier(tmp_path / file, given)
+            assert error(again(x), classifier(x)) < 1e-6 and again.classes == list("abcd")
+    assert common.load_encoder(tmp_path / "finetuned.pt").depth == 3  # an encoder file as well
+    with pytest.raises(InputError, match="probe.pt does not fit this model: head.weight is .4, 32., expected .4, 64."):
+        protocols.load_classifier(tmp_path / "probe.pt", vit(dim=64).float())
+    common.save_encoder(tmp_path / "encoder.pt", encoder)
+    with pytest.raises(InputError, match="encoder.pt holds no classifier"):
+        protocols.load_classifier(tmp_path / "encoder.pt", encoder)
+
+
+def test_histograms_count_pixels_in_64_bins_a_channel():
+    pixels = pictures(3, 12, 10)
+    found = protocols.histograms(common.augment(pixels))
+    for image, row in zip(pixels, found):
+        for channel, part in zip(image, row.split(64)):
+            counts = collections.Counter(v // 4 for v in channel.flatten().tolist())
+            assert [v * 120 for v in part.tolist()] == pytest.approx([counts[b] for b in range(64)], abs=1e-4)
+
+
+def test_histogram_error_is_that_of_probes_trained_one_by_one():
+    encoder, run = vit().float(), protocols.Machine(CPU)
+    train, val = (Images(torch.zeros(n).long(), ["a"], pixels=pictures(n, 32, 32, seed=n)) for n in (24, 10))
+    found = protocols.colorhist(encoder, train, val, run, epochs=3, batch=8, lr=3.0)
+    torch.manual_seed(0)
+    start = torch.empty(3, 32, 192).normal_(std=0.01)
+    cls = lambda x, block: encoder(x, blocks=[block])[0][:, 0].detach()
+    truth = protocols.histograms(common.augment(val.pixels))
+    for block in (1, 2, 3):
+        norm, linear = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 192)
+        linear.weight.data, linear.bias.data = start[block - 1].T.clone(), torch.zeros(192)
+        optimizer = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9)
+        for step, data in enumerate(common.batches(train, [View(32, (0.08, 1))], 8, 0, 9, 0, CPU, 0, {})):
+            x = common.augment(data.views[0])
+            optimizer.param_groups[0]["lr"] = 3.0 * 8 / 256 * common.warmup_cosine(step, 9, 3)
+            optimizer.zero_grad()
+            F.l1_loss(linear(norm(cls(x, block))), protocols.histograms(x)).backward()
+            optimizer.step()
+        prediction = linear(norm.eval()(cls(common.augment(val.pixels), block)))
+        uniform_guess = (truth - 1 / 64).abs().mean()
+        assert found[block - 1] == pytest.approx(100 * (F.l1_loss(prediction, truth) / uniform_guess).item(), rel=1e-3)
+
+
+def test_decoders_side_by_side_are_decoders_alone():
+    encoder, run = vit().float(), protocols.Machine(CPU)
+    train, val = (Images(torch.zeros(n).long(), ["a"], pixels=pictures(n, 32, 32, seed=n)) for n in (16, 6))
+    found = protocols.reconstruction_per_block(encoder, train, val, run, 4, 8, 0.01, dim=16, heads=2)
+    for block in (1, 3):
+        torch.manual_seed(0)
+        decoder = [common.MAEDecoder((4, 4), 8, 32, 16, 2, 2) for _ in range(3)][block - 1]
+        vectors = [p for n, p in decoder.named_parameters() if p.ndim == 1 or n == "mask_token"]
+        matrices = [p for p in decoder.parameters() if p.ndim > 1 and p.requires_grad and p is not decoder.mask_token]
+        optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0)],
+                                      betas=(0.9, 0.95))  # fmt: skip
+
+        def loss(x, noise):
+            ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
+            tokens = encoder(x, ids_keep, blocks=[block])[0].detach()
+            return common.mae_loss(decoder(tokens, ids_restore), x, mask).mean()
+
+        for step, data in enumerate(common.batches(train, [View(32, (0.2, 1))], 8, 0, 8, 0, CPU, 0, {})):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * 8 / 256 * common.warmup_cosine(step, 8, 2)
+            optimizer.zero_grad()
+            loss(common.augment(data.views[0]), uniform((0, "blocks", step), data.rows, 16)).backward()
+            optimizer.step()
+        mask = uniform((0, "blocks"), torch.zeros(1).long(), 16).expand(6, -1)
+        assert found[block - 1] == pytest.approx(loss(common.augment(val.pixels), mask).item(), rel=1e-3)
+
+
+def test_blocks_draws_improvements_over_the_largest(labelled_encoder, tmp_path):
+    flags = ["--epochs", 1, "--batch", 8, "--decoder_dim", 16, "--decoder_heads", 2]
+    found, _ = protocol("blocks", *labelled_encoder, *flags)
+    assert len(found["knn"]) == len(found["reconstruction"]) == 6 and (tmp_path / "blocks.png").exists()
+    deltas = [a - b for a, b in zip(found["reconstruction"], found["reconstruction"][1:])]
+    assert found["reconstruction_improvement"] == pytest.approx([d / max(map(abs, deltas)) for d in deltas])
+
+
+def test_statistics_are_averages_over_features_of_cls(labelled_encoder, tmp_path, folders):
+    found, _ = protocol("stats", *labelled_encoder)
+    encoder, val = common.load_encoder(tmp_path / "encoder.pt"), common.load_images(str(folders / "labelled"), "val")
+    raw, _ = protocols.features(encoder, val, protocols.Machine(CPU), [6], "cls")
+    for name, x in (("last_block", raw[:, 0]), ("final_norm", encoder.norm(raw[:, 0]))):
+        assert found[name]["mean"] == pytest.approx(np.mean([v.mean().item() for v in x.T]), abs=1e-5)
+        assert found[name]["variance"] == pytest.approx(np.mean([v.var().item() for v in x.T]), rel=1e-4)
+
 
 
 # ---------------------------------------------------------------------------------------------- robustness and transfer
