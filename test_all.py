@@ -3849,7 +3849,11 @@ def protocol(name, *argv):
 
 
 def test_retrieval_draws_nearest_neighbours_and_cluster_centres(labelled_encoder, tmp_path):
-    drawn = []
+    for i, picture in enumerate(pictures(32, 16, 16)):
+        file = tmp_path / "data" / ("train", "val")[i < 24] / "abcd"[i % 4] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+    labelled_encoder[3], drawn = tmp_path / "data", []
     with mock.patch.object(protocols, "draw_neighbours", lambda *args: drawn.append(args)):
         found, _ = protocol("retrieve", *labelled_encoder, "--samples", 3, "--neighbours", 4)
     encoder = common.load_encoder(tmp_path / "encoder.pt")
