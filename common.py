@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode
@@ -744,8 +745,26 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def adamw(groups, betas=(0.9, 0.95)):
-    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step."""
+class ZeroOptimizer(ZeroRedundancyOptimizer):
+    """An optimizer whose moments are spread over the ranks (ZeRO, stage 1; arXiv 1910.02054).
+
+    Its saved state is that of the optimizer itself on one process; all ranks must call `consolidate_state_dict` before.
+    """
+
+    def load_state_dict(self, state):
+        """As torch's, which keeps a second copy of this rank's part and moves the counts of steps to the CPU, where the
+        fused AdamW of a GPU refuses them."""
+        super().load_state_dict(state)
+        self.state.clear()
+        for p, values in self.optim.state.items():
+            values["step"] = values["step"].to(p.device)
+
+
+def adamw(groups, betas=(0.9, 0.95), zero=False):
+    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share its
+    two moments out among themselves."""
+    if zero and world() > 1:
+        return ZeroOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -1561,6 +1580,8 @@ class RunSettings:
     save_every: int = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in about a minute
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
+    zero: bool = False  # spread AdamW's moments over the processes
+    compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
@@ -1599,7 +1620,7 @@ def parse_settings(cls, presets, argv, description):
         raise InputError("--resume needs --out DIR with a folder that holds a run")
     saved = json.loads(config.read_text())
     for key, value in given.items():
-        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "save_every")  # they change no result
+        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")  # they change no result
         if key not in free and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
     return cls(**{**saved, **given})
@@ -1714,6 +1735,10 @@ class Run:
         self.step, self.total, self.batch, self.bad = 0, round(epochs * self.per_epoch), batch, 0
         if stage in self.finished:
             return
+        if self.settings.compile:  # block by block and in place: quick to compile, and no name changes
+            modules = [m for part in state.values() if isinstance(part, nn.Module) for m in part.modules()]
+            for block in (m for m in modules if isinstance(m, Block)):
+                block.compile()
         if self.settings.cost:
             yield from self._cost(images, views, epochs, state["optimizer"])
             return
@@ -1876,6 +1901,9 @@ class Run:
         self.log_file = open(path, "a", buffering=1)
 
     def _save(self, state):
+        for part in state.values():
+            if isinstance(part, ZeroOptimizer):
+                part.consolidate_state_dict()  # on rank 0
         if rank() == 0:
             states = {name: part.state_dict() for name, part in state.items()}
             save_file(self.folder / "last.pt", dict(stage=self.stage, step=self.step, finished=self.finished, state=states))
@@ -1973,7 +2001,7 @@ def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epo
     s = run.settings
     encoder.freeze(0)
     peak = lr * batch / 256
-    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay))
+    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay), zero=s.zero)
     state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
 
     def encode(x, noise):

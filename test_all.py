@@ -159,7 +159,7 @@ def batch_norm_outcome(*shape):
 
 
 class Recorder(common.Run):
-    """A run that keeps the global loss and gradients of each step."""
+    """A run that keeps the global loss and gradients of each step, and how many moments its optimizer holds here."""
 
     def optimize(self, optimizer, loss, log=None, lr_factor=1.0):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -167,7 +167,14 @@ class Recorder(common.Run):
         self.__dict__.setdefault("losses", []).append(common.gather(loss[None]).mean())
         self.__dict__.setdefault("gradients", []).append([p.grad.clone() for p in parameters if p.grad is not None])
         self.__dict__.setdefault("peaks", []).append(sorted({g["peak_lr"] for g in optimizer.param_groups}))
-        return super().optimize(optimizer, loss, log, lr_factor)
+        taken = super().optimize(optimizer, loss, log, lr_factor)
+        own = getattr(optimizer, "optim", optimizer).state.values()
+        self.moments = sum(values["exp_avg"].numel() for values in own)
+        return taken
+
+    def outcome(self, **state):
+        """What a test compares; `state` is what else the steps change."""
+        return dict(losses=torch.stack(self.losses), gradients=self.gradients, moments=self.moments, state=state)
 
 
 def tiny_settings(**changes):
@@ -205,7 +212,7 @@ def step_outcome(stage, micro_batch, folder, dtype=torch.float64, **changes):
     """Two steps of a stage, by the paper's own loop: losses, gradients, and what else it changes as `state`."""
     if stage == "cmae":
         return cmae_outcome(micro_batch, folder, dtype, **changes)
-    s = tiny_settings(micro_batch=micro_batch, out=str(folder / f"{stage}{micro_batch}{dtype}"), **changes)
+    s = tiny_settings(micro_batch=micro_batch, out=str(folder / f"{stage}{micro_batch}{dtype}{changes}"), **changes)
     encoder, decoder, head = tiny_models(s, dtype)
     with views_in(dtype), contextlib.redirect_stdout(io.StringIO()):
         run = Recorder(s, CPU)
@@ -219,7 +226,7 @@ def step_outcome(stage, micro_batch, folder, dtype=torch.float64, **changes):
             frozen = 3 if stage == "head" else 1
             mae_ct.contrastive(run, stage, encoder, head, tiny_images(), epochs=1, lr=1e-3, head_lr=1e-3, frozen=frozen,
                                temperature=0.2, k=4, projector_ema=0.5)  # fmt: skip
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=dict(head.Q.named_buffers()))
+    return run.outcome(**dict(head.Q.named_buffers()))
 
 
 STEPS = {
@@ -228,7 +235,12 @@ STEPS = {
     "head": dict(),
     "ct": dict(ct_mask_ratio=0.5),
     "ct float32": dict(ct_mask_ratio=0.5, aug=True, dtype=torch.float32),
+    "mae zero": dict(zero=True),
+    "combined zero": dict(combined_weight=0.5, detach=True, zero=True),
+    "ct zero": dict(nn_lookup=False, zero=True),
     "cmae": dict(),
+    "cmae zero": dict(loss="byol", feature_depth=0, zero=True),
+    "cmae without contrast": dict(lambda_c=0.0),
     "cmae conv": dict(stem="conv", random_crops=True, target_mask_ratio=0.5, share_decoder=True),
     "cmae float32": dict(loss="byol", mask_block=2, dtype=torch.float32),
 }
@@ -253,14 +265,15 @@ def refiner_outcome(micro_batch, folder, dtype=torch.float64, frozen=1, **change
         run = Recorder(s, CPU)
         mim_refiner.contrast(run, "refine", encoder.to(dtype), heads.to(dtype), [2, 3], tiny_images(), None, epochs=1,
                              lr=1e-3, frozen=frozen, k=4)  # fmt: skip
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=dict(heads.Q.named_buffers()))
+    return run.outcome(**dict(heads.Q.named_buffers()))
 
 
 REFINER_STEPS = {
     "refine": dict(),
     "heads": dict(frozen=3),
     "authors_loss": dict(authors_loss=True, local_views=0),
-    "data2vec2": dict(mim="data2vec2", checkpoint_blocks=True),
+    "data2vec2": dict(mim="data2vec2"),
+    "refine zero": dict(schedule="one_hot", swap_negatives=True, zero=True),
     "refine float32": dict(dtype=torch.float32),
 }
 
@@ -275,6 +288,7 @@ def tiny_vicmae(dtype=torch.float64, method="vicmae", **changes):
     given = dict(model="vit_nano4", image_size=16, batch=8, lr=1e-2, warmup_epochs=0, contrast_from=0, contrast_weight=0.5,
                  decoder_dim=16, decoder_depth=1, decoder_heads=2, workers=0, precision="float32", seed=3)  # fmt: skip
     s = vicmae.Settings(**(given | changes))
+    torch.manual_seed(0)
     small = common.ViT(16, 4, dim=16, depth=2, heads=2, pool="mean")
     with mock.patch.object(vicmae, "build_vit", lambda *args: small):
         return s, *(randomized(m).to(dtype) for m in vicmae.models(s, method))
@@ -288,7 +302,7 @@ def vicmae_outcome(micro_batch, folder, dtype=torch.float64, method="vicmae", **
     with mock.patch.object(vicmae, "augment", lambda *args: real(*args).to(dtype)):
         run = Recorder(s, CPU)
         vicmae.pretrain(run, method, *modules, tiny_videos())
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state={})
+    return run.outcome()
 
 
 VICMAE_STEPS = {
@@ -296,6 +310,8 @@ VICMAE_STEPS = {
     "simsiam": dict(method="simsiam", reconstruct_both=True),
     "vicreg": dict(method="vicreg", gap=2),
     "mae on frames": dict(method="mae"),
+    "vicmae before the contrast": dict(contrast_from=1),
+    "vicmae zero": dict(pooling="max", projector_last=True, zero=True),
     "vicmae float32": dict(dtype=torch.float32),
 }
 
@@ -335,15 +351,26 @@ def can_outcome(micro_batch, folder, dtype=torch.float64, **changes):
     with mock.patch.object(can, "augment", lambda *args: real(*args).to(dtype)):
         run = Recorder(s, CPU)
         can.pretrain(run, "can", model, tiny_images(), s)
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state={})
+    return run.outcome()
 
 
 CAN_STEPS = {
     "can": dict(),
     "simclr": can.METHODS["simclr"],
     "mae by can": can.METHODS["mae"],
+    "can zero": dict(noisy_target=True, norm_pix=True, zero=True),
     "can float32": dict(dtype=torch.float32),
 }
+
+
+def zero_runs(folder):
+    """Runs of two stages that break off in the second and are resumed: with --zero, without, and in turns."""
+    flags = [*TINY, "--data", folder.parent / "pictures", "--stages", "mae,head", "--save_every", 1]
+    for name, before, after in [("plain", "--no_zero", "--no_zero"), ("zero", "--zero", "--zero"),
+                                ("to zero", "--no_zero", "--zero"), ("from zero", "--zero", "--no_zero")]:  # fmt: skip
+        break_at(8, *flags, before, "--out", folder / name)
+        main("--out", folder / name, "--resume", after)
+    break_at(8, *flags, "--zero", "--out", folder / "broken")
 
 
 def outcomes(folder):
@@ -377,6 +404,7 @@ def outcomes(folder):
 def worker(folder):
     common.start()
     found = outcomes(Path(folder))
+    zero_runs(Path(folder))
     torch.save(found, Path(folder) / f"{common.rank()}.pt")
 
 
@@ -384,12 +412,14 @@ def worker(folder):
 def two(tmp_path_factory):
     """(outcomes of one process, [outcomes of either of two])."""
     folder = tmp_path_factory.mktemp("two")
+    write_pictures(folder / "pictures", [(24, 24)] * 16)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, __file__, "worker", str(folder)], capture_output=True, text=True, env=quiet_environment()
+        [*command, __file__, "worker", str(folder / "both")], capture_output=True, text=True, env=quiet_environment()
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return outcomes(folder / "alone"), [torch.load(folder / f"{r}.pt") for r in (0, 1)]
+    assert done.returncode == 0, done.stderr
+    both = [torch.load(folder / "both" / f"{r}.pt") for r in (0, 1)]
+    return outcomes(folder / "alone") | dict(folder=folder), both
 
 
 def quiet_environment():
@@ -443,6 +473,21 @@ def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name
         for key, value in whole["state"].items():
             same = error(other["state"][key], value) < later if value.is_floating_point() else None
             assert torch.equal(other["state"][key], value) if same is None else same, key
+
+
+@pytest.mark.parametrize("name", [n for n in [*STEPS, *REFINER_STEPS, *CAN_STEPS, *VICMAE_STEPS] if "zero" in n])
+def test_zero_shares_the_moments_out_in_every_paper(two, name):
+    whole, parts = two[0][name, 0]["moments"], [found[name, 0]["moments"] for found in two[1]]
+    assert sum(parts) == whole and max(parts) < 0.7 * whole
+
+
+def test_zero_takes_adamws_steps_and_its_checkpoints_are_adamws(two):
+    both = two[0]["folder"] / "both"
+    for name in ("zero", "to zero", "from zero"):
+        same_weights(both / name, both / "plain", ("mae.pt", "head.pt"))
+    main("--out", both / "broken", "--resume")  # by one process
+    losses = [[e["loss"] for e in log_of(both / name)] for name in ("broken", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 12
 
 
 def test_nt_xent_over_two_ranks_is_that_of_all_rows(two):
@@ -2813,8 +2858,7 @@ def cmae_outcome(micro_batch, folder, dtype=torch.float64, **changes):
     with views_in(dtype), contextlib.redirect_stdout(io.StringIO()):
         run = Recorder(s, CPU)
         cmae.pretrain(run, "cmae", online, target, tiny_images(), s.lambda_c)
-    state = dict(target=torch.cat([p.flatten() for p in target.parameters()]))
-    return dict(losses=torch.stack(run.losses), gradients=run.gradients, state=state)
+    return run.outcome(target=torch.cat([p.flatten() for p in target.parameters()]))
 
 
 def test_cmae_settings_are_those_of_the_paper():
