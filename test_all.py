@@ -5,7 +5,8 @@ differences, one process against two, a killed run against an unbroken one.
 
     pytest test_all.py --durations=15            # some minutes on two CPU cores
     SLOW=1 pytest test_all.py                    # the long ones too
-    python test_all.py bench attention           # ratios of alternating runs; also: bench knn, bench heads
+    python test_all.py bench attention           # ratios of alternating runs; also: bench knn, bench heads, bench step
+    python test_all.py bench input FOLDER        # images a second of one worker
 
 "Equal" is max|a - b| / max|b| of a tensor (`error`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
 """
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -42,6 +44,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as tv
 
 import can
@@ -3409,7 +3412,7 @@ def test_jft_epochs_are_counted_in_imagenets_images(tmp_path):
 
 def can_multiply_adds(s, d, depth, hidden, out):
     """A step's multiply-adds per image from the layers' sizes, and the batch's logits for two images."""
-    patch = int(s.model.lstrip("vitnaol_"))
+    patch = int(re.search(r"\d+$", s.model)[0])
     patches = (s.image_size // patch) ** 2
     kept = int(patches * (1 - s.mask_ratio))
     blocks = lambda tokens, d, depth: depth * (12 * tokens * d**2 + 2 * tokens**2 * d)
@@ -3484,6 +3487,106 @@ def test_the_short_can_run_learns(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- all papers
+
+SHORT_RUNS = {mae_ct: TINY, mim_refiner: REFINER, can: [*CAN, "--epochs", "4"], cmae: CMAE_TINY, vicmae: VICMAE}
+all_papers = pytest.mark.parametrize("program", SHORT_RUNS, ids=lambda program: program.__name__)
+
+
+def short_run(program, folder, out, *flags):
+    """The losses of a whole run and its encoder's weights."""
+    main(*SHORT_RUNS[program], "--data", folder / "labelled", "--out", out, *flags, program=program)
+    return [e["loss"] for e in log_of(out)], torch.load(out / "encoder.pt")["model"]
+
+
+@all_papers
+def test_checkpointed_and_compiled_blocks_change_no_result_of_a_run(folders, tmp_path, program):
+    losses, weights = short_run(program, folders, tmp_path / "plain")
+    with mock.patch.object(common, "checkpoint", side_effect=common.checkpoint) as checkpoint:
+        again, same = short_run(program, folders, tmp_path / "checkpointed", "--checkpoint_blocks")
+    assert checkpoint.called and again == losses and all(torch.equal(same[k], v) for k, v in weights.items())
+    # without a compiler: what torch.compile makes of the blocks, run by torch's own operations
+    torch.compiler.reset()
+    real, limit = nn.Module.compile, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with limit, mock.patch.object(nn.Module, "compile", lambda block: real(block, backend="aot_eager")):
+        torch._dynamo.utils.counters.clear()
+        again, close = short_run(program, folders, tmp_path / "compiled", "--compile", "--checkpoint_blocks")
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(losses)  # not one a step
+    assert again == pytest.approx(losses, rel=1e-3) and close.keys() == weights.keys()
+
+
+@slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a compiler")
+def test_compiled_steps_are_the_steps(tmp_path):
+    torch.compiler.reset()
+    for outcome, changes in [(partial(step_outcome, "ct"), STEPS["ct float32"]), (refiner_outcome, REFINER_STEPS["refine"])]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            plain, compiled = (outcome(2, tmp_path, compile=c, **changes) for c in (False, True))
+        tolerance = 1e-5 if changes.get("dtype") else 1e-10
+        assert error(compiled["losses"], plain["losses"]) < tolerance
+        assert all_equal(compiled["gradients"][0], plain["gradients"][0], tolerance)
+
+
+@all_papers
+def test_2b14_is_built_by_every_paper(monkeypatch, program):
+    """On the meta device: every module of a program by its own `prepare`, and the shapes of what they compute."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(program, "start", lambda: meta)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no meta device
+    with meta:
+        s, *parts = program.prepare(["--cost", "--model", "vit_2b14"])
+        x, index = torch.zeros(2, 3, 224, 224), torch.zeros(2).long()
+        modules = [m for m in parts if isinstance(m, nn.Module)]
+        if program is vicmae:
+            modules = list(vicmae.models(s, "vicmae"))
+        elif program is can:
+            modules = [parts[-1]["can"][1]]
+        elif program is cmae:
+            modules = list(parts[-1]["cmae"])
+        encoder = next(m for module in modules for m in module.modules() if isinstance(m, common.ViT))
+        ids_keep, ids_restore, _ = common.random_masking(torch.zeros(2, 256), 0.75)
+        tokens = encoder(x, ids_keep)
+        if program is can:
+            y, rec, denoise = modules[0].encode(x[None], torch.zeros(1, 2, 256), torch.zeros(1, 2), x[None])
+            assert y.shape == (1, 2, 2560) and modules[0].objective(y, rec, denoise)[0].shape == ()
+        elif program is cmae:
+            online, target = modules
+            y, z = online.feature(tokens, ids_restore), target.feature(x, torch.arange(256).expand(2, -1))
+            assert y.shape == z.shape == (2, 2560) and online.G_p(tokens, ids_restore).shape == (2, 256, 588)
+            assert online.predictor(online.projector(y)).shape == target.projector(z).shape == (2, 256)
+        else:
+            decoder, head = modules[1:]
+            assert decoder(tokens, ids_restore).shape == (2, 256, 588)
+            if program is mae_ct:
+                loss, aux = head.loss(tokens[:, 0], tokens[:, 0], index, index, torch.zeros(2, 2), 0.2, 20)
+                assert loss.shape == () and aux["z1"].shape == (2, 256)
+            elif program is mim_refiner:
+                y = torch.stack([t[:, 0] for t in encoder(x, blocks=parts[-1])], 1)[:, None].expand(-1, 12, -1, -1)
+                losses, aux = head.loss(y, index, index, torch.zeros(2, 2), s, 20)
+                assert parts[-1] == list(range(17, 25)) and losses.shape == (8,) and aux["z"].shape == (8, 2, 256)
+            else:
+                assert head(head.pool(tokens)).shape == (2, 5120)
+    block = 12 * 2560**2 + 13 * 2560
+    assert tokens.is_meta and tokens.shape == (2, 65, 2560)
+    assert sum(p.numel() for p in encoder.parameters()) == 24 * block + (589 + 1 + 257 + 2) * 2560
+
+
+def test_multiply_adds_of_the_largest_encoders_by_arithmetic(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    for model, d, depth in (("vit_h14", 1280, 32), ("vit_2b14", 2560, 24)):
+        s = can.Settings(model=model)
+        with torch.device("meta"):
+            found = can.multiply_adds(can.CAN(s))
+        assert found == pytest.approx(can_multiply_adds(s, d, depth, 4096, 128), rel=1e-12)
+
+
+def test_the_peak_of_a_stage_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = lambda name: int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20  # GiB
+    torch.ones(2**28)  # 1 GiB, given back at once
+    before = read("VmRSS")
+    assert read("VmHWM") > before + 0.9
+    columns, row = main(*TINY, "--stages", "mae", "--cost").splitlines()
+    assert 0.1 < dict(zip(columns.split(), map(float, row.split()[1:])))["peak/GiB"] < before + 0.5
 
 
 def test_cost_is_arithmetic_and_writes_nothing(tmp_path, monkeypatch):
@@ -3977,6 +4080,65 @@ def bench_attention():
         compare(f"attention in {precision}, against F.scaled_dot_product_attention", *steps, pairs=7)
 
 
+def bench_step():
+    """Steps at the papers' sizes. On a CPU that of MAE, ViT-B/16 at 224 pixels, batch 32 in bfloat16, against the same
+    with torch's fused attention. On a GPU --cost of all papers, B and L: flash and written-out attention, compiled or not.
+    """
+    if torch.cuda.is_available():
+        batch = "--batch 64".split()
+        programs = {mae_ct: [*batch, "--mae_batch", "64"], mim_refiner: [*batch, "--mae_batch", "64"]}
+        for program, model in itertools.product((mae_ct, mim_refiner, can, cmae, vicmae), ("vit_b16", "vit_l16")):
+            for kernel, compiled in itertools.product(("FLASH_ATTENTION", "MATH"), ("--no_compile", "--compile")):
+                print(f"\n{program.__name__} {model} {kernel} {compiled}", flush=True)
+                torch.compiler.reset()
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend[kernel]):
+                    program.main(["--cost", "--model", model, *programs.get(program, batch), compiled])
+        return
+    encoder, x = common.build_vit("vit_b16", 224), torch.randn(32, 3, 224, 224)
+    decoder = common.MAEDecoder(encoder.grid, 16, encoder.dim)
+    optimizer = common.adamw(common.parameter_groups(nn.ModuleList([encoder, decoder]), 1e-4, 0.05))
+
+    def encode(x, noise):
+        ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
+        return (), common.mae_loss(decoder(encoder(x, ids_keep), ids_restore), x, mask)
+
+    def step(attention):
+        with mock.patch.object(common, "attend", attention):
+            backward(encode, None, (x, uniform((0,), torch.arange(32), 196)), 0, torch.bfloat16)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = [partial(step, f) for f in (common.attend, F.scaled_dot_product_attention)]
+    compare("MAE step of ViT-B/16, against the fused kernel", *steps, pairs=5)
+    print(f"{32 / seconds(steps[0]):.1f} images/s")
+
+
+def bench_input(folder, gpu_rate=1000.0):
+    """Images a second of one worker, two views of 224 pixels and MIM-Refiner's 12, against torchvision's v2 transforms;
+    and the workers that a GPU of an assumed `gpu_rate` in images/s needs."""
+    torch.set_num_threads(1)
+    images, s = common.load_images(folder, "train", labels=False), mim_refiner.Settings()
+    few, n = [View(224)] * 2, min(len(images), 250)
+    many = [View(224, (s.global_scale_min, 1.0))] * 2
+    many += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
+    for name, views in (("2 views", few), ("12 views", many)):
+        cut = common.RandomCrops(views, 0)
+        plain = [
+            transforms.Compose([
+                transforms.RandomResizedCrop(v.size, v.scale, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+            ])
+            for v in views
+        ]  # fmt: skip
+        ours = lambda: [cut(images, 0, i) for i in range(n)]
+        theirs = lambda: [[t(image) for t in plain] for image in map(images.open, range(n))]
+        compare(f"{name} of {n} images, against torchvision's v2", ours, theirs, pairs=5)
+        rate = n / seconds(ours)
+        need = f"a GPU of {gpu_rate:g} images/s (assumed) needs {math.ceil(gpu_rate / rate)} such workers"
+        print(f"{rate:.1f} images/s by one worker; {need}")
+
+
 def bench_knn():
     """20000 x 256 training and 2000 test features, k = 10."""
     from sklearn.neighbors import KNeighborsClassifier
@@ -4010,5 +4172,5 @@ def bench_heads():
 
 
 if __name__ == "__main__":
-    action, name = sys.argv[1:]
-    {"worker": worker, "bench": lambda name: globals()[f"bench_{name}"]()}[action](name)
+    action, name, *more = sys.argv[1:]
+    {"worker": worker, "bench": lambda name, *more: globals()[f"bench_{name}"](*more)}[action](name, *more)
