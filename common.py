@@ -1580,7 +1580,7 @@ class RunSettings:
     short: bool = False  # the built-in run in about a minute
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
     zero: bool = False  # spread AdamW's moments over the processes
-    compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs
+    compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs, tested on CPUs
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
