@@ -760,8 +760,8 @@ class ZeroOptimizer(ZeroRedundancyOptimizer):
 
 
 def adamw(groups, betas=(0.9, 0.95), zero=False):
-    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share its
-    two moments out among themselves."""
+    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share
+    its two moments out among themselves."""
     if zero and world() > 1:
         return ZeroOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)

@@ -2413,10 +2413,10 @@ def test_two_nodes_of_one_process_are_one_of_two(folders, tmp_path):
     nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", end]
     printed = {}
     for name, flags in {"one": ["--standalone", "--nproc_per_node", "2"], "two": nodes}.items():
-        command = [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "mae_ct.py", *TINY, "--stages", "mae,head"]
-        command += ["--data", folders / "flat", "--out", tmp_path / name]
-        agents = [subprocess.Popen([str(c) for c in command], env=quiet_environment(), text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE) for _ in range(1 if name == "one" else 2)]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "mae_ct.py", *TINY]
+        command = [str(c) for c in [*command, "--stages", "mae,head", "--data", folders / "flat", "--out", tmp_path / name]]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_environment())
+        agents = [subprocess.Popen(command, **pipes) for _ in range(1 if name == "one" else 2)]
         printed[name] = [agent.communicate(timeout=300) for agent in agents]
         assert all(agent.returncode == 0 for agent in agents), printed[name]
     same_weights(tmp_path / "two", tmp_path / "one", ("mae.pt", "head.pt"))
@@ -3539,7 +3539,8 @@ def test_checkpointed_and_compiled_blocks_change_no_result_of_a_run(folders, tmp
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a compiler")
 def test_compiled_steps_are_the_steps(tmp_path):
     torch.compiler.reset()
-    for outcome, changes in [(partial(step_outcome, "ct"), STEPS["ct float32"]), (refiner_outcome, REFINER_STEPS["refine"])]:
+    cases = [(partial(step_outcome, "ct"), STEPS["ct float32"]), (refiner_outcome, REFINER_STEPS["refine"])]
+    for outcome, changes in cases:
         with contextlib.redirect_stdout(io.StringIO()):
             plain, compiled = (outcome(2, tmp_path, compile=c, **changes) for c in (False, True))
         tolerance = 1e-5 if changes.get("dtype") else 1e-10
