@@ -224,7 +224,7 @@ def simclr_colours(strength):
 
 def pretrain(run, stage, model, images, s):
     """The one loop: CAN, SimCLR and MAE by `s`."""
-    optimizer = adamw(parameter_groups(model, s.lr * s.batch / 256, s.weight_decay))
+    optimizer = adamw(parameter_groups(model, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)
     colours, views = simclr_colours(s.strength), [View(s.image_size, (s.scale_min, 1.0))] * s.views
     per_epoch = (s.epoch_images or len(images)) // s.batch  # steps
     epochs = s.epochs * per_epoch / (len(images) // s.batch)

@@ -210,7 +210,7 @@ def pretrain(run, method, online, target, images, lambda_c):
     s, F_s = run.settings, online.F_s
     views = views_of(s) if lambda_c else [View(s.image_size, (s.scale_min, 1.0))]
     patches = math.prod(F_s.grid)
-    optimizer = adamw(parameter_groups(online, s.lr * s.batch / 256, s.weight_decay))  # 4.1
+    optimizer = adamw(parameter_groups(online, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)  # 4.1
     state = dict(online=online, target=target, optimizer=optimizer)
 
     def encode(x_s, x_t, noise_s, noise_t):

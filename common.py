@@ -21,7 +21,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode
@@ -744,8 +744,26 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def adamw(groups, betas=(0.9, 0.95)):
-    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step."""
+class ZeroOptimizer(ZeroRedundancyOptimizer):
+    """An optimizer whose moments are spread over the ranks (ZeRO, stage 1; arXiv 1910.02054).
+
+    Its saved state is that of the optimizer itself on one process; all ranks must call `consolidate_state_dict` before.
+    """
+
+    def load_state_dict(self, state):
+        """As torch's, which keeps a second copy of this rank's part and moves the counts of steps to the CPU, where the
+        fused AdamW of a GPU refuses them."""
+        super().load_state_dict(state)
+        self.state.clear()
+        for p, values in self.optim.state.items():
+            values["step"] = values["step"].to(p.device)
+
+
+def adamw(groups, betas=(0.9, 0.95), zero=False):
+    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share
+    its two moments out among themselves."""
+    if zero and world() > 1:
+        return ZeroOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -1561,6 +1579,8 @@ class RunSettings:
     save_every: int = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in about a minute
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
+    zero: bool = False  # spread AdamW's moments over the processes
+    compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs, tested on CPUs
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
@@ -1599,7 +1619,7 @@ def parse_settings(cls, presets, argv, description):
         raise InputError("--resume needs --out DIR with a folder that holds a run")
     saved = json.loads(config.read_text())
     for key, value in given.items():
-        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "save_every")  # they change no result
+        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")  # they change no result
         if key not in free and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
     return cls(**{**saved, **given})
@@ -1714,6 +1734,10 @@ class Run:
         self.step, self.total, self.batch, self.bad = 0, round(epochs * self.per_epoch), batch, 0
         if stage in self.finished:
             return
+        if self.settings.compile:  # block by block and in place: quick to compile, and no name changes
+            modules = [m for part in state.values() if isinstance(part, nn.Module) for m in part.modules()]
+            for block in (m for m in modules if isinstance(m, Block)):
+                block.compile()
         if self.settings.cost:
             yield from self._cost(images, views, epochs, state["optimizer"])
             return
@@ -1753,6 +1777,9 @@ class Run:
         n, cuda = self.batch // world(), self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # without this right the peak is that of all stages so far
+                Path("/proc/self/clear_refs").write_text("5")
         noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
         rows = torch.arange(n) + rank() * n
         index = rows.to(self.device)
@@ -1779,7 +1806,8 @@ class Run:
             a @ a
         self._wait()
         matmul = 5 * side**3 / (time.perf_counter() - begin)  # multiply-adds/s of a plain matrix product
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = lambda: int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        memory = torch.cuda.max_memory_allocated() if cuda else resident()
         self.report(self.stage, {
             "parameters/M": sum(p.numel() for g in optimizer.param_groups for p in g["params"]) / 1e6,
             "madds/M": multiply_adds / 1e6,
@@ -1876,6 +1904,9 @@ class Run:
         self.log_file = open(path, "a", buffering=1)
 
     def _save(self, state):
+        for part in state.values():
+            if isinstance(part, ZeroOptimizer):
+                part.consolidate_state_dict()  # on rank 0
         if rank() == 0:
             states = {name: part.state_dict() for name, part in state.items()}
             save_file(self.folder / "last.pt", dict(stage=self.stage, step=self.step, finished=self.finished, state=states))
@@ -1973,7 +2004,7 @@ def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epo
     s = run.settings
     encoder.freeze(0)
     peak = lr * batch / 256
-    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay))
+    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay), zero=s.zero)
     state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
 
     def encode(x, noise):

@@ -185,7 +185,7 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     scale = s.batch * 2 / 256  # A.1: batch size x views / 256
     groups = parameter_groups(head, head_lr * scale, s.head_weight_decay)
     groups += parameter_groups(f, lr * scale, s.weight_decay, s.layer_decay)
-    optimizer = adamw(groups)
+    optimizer = adamw(groups, zero=s.zero)
     views = [View(s.image_size, (s.scale_min, 1.0))] * 2
     oracle, masked = (s.oracle, s.ct_mask_ratio) if stage == "ct" else (False, 0)
     patches = f.grid[0] * f.grid[1]
@@ -225,7 +225,8 @@ def combined_pretraining(run, f, decoder, head, images):
     """Section 4.5: L = L_MAE + lambda * L_NNCLR on two masked views; `detach` stops the head's gradient at the encoder."""
     s = run.settings
     f.freeze(0)
-    optimizer = adamw(parameter_groups(nn.ModuleList([f, decoder, head]), s.mae_lr * s.mae_batch / 256, s.weight_decay))
+    groups = parameter_groups(nn.ModuleList([f, decoder, head]), s.mae_lr * s.mae_batch / 256, s.weight_decay)
+    optimizer = adamw(groups, zero=s.zero)
     state = dict(encoder=f, decoder=decoder, head=head, optimizer=optimizer)
 
     def encode(x, noise):

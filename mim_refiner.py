@@ -269,7 +269,7 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
     ema = frozen_copy(f) if tuned else f
     peak = lr * s.batch / 256
     groups = parameter_groups(heads, peak, s.head_weight_decay) + parameter_groups(f, peak, s.weight_decay, s.layer_decay)
-    optimizer = adamw(groups)  # beta 0.9, 0.95 (Table 10)
+    optimizer = adamw(groups, zero=s.zero)  # beta 0.9, 0.95 (Table 10)
     views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
     views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
     colours = GLOBAL_COLOURS + [LOCAL_COLOURS] * s.local_views if s.color else [None] * len(views)

@@ -172,7 +172,8 @@ def pretrain(run, method, f, decoder, branch, videos):
     """L = L_MASK + lambda · L_NEG (3.3), or with one of 3.2's losses in its place; "mae" is MAE on random frames."""
     s = run.settings
     peak = s.lr * s.batch / 256  # A
-    optimizer = adamw(parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay))  # Table 7's momenta
+    groups = parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay)
+    optimizer = adamw(groups, zero=s.zero)  # Table 7's momenta
     state = dict(encoder=f, decoder=decoder, branch=branch, optimizer=optimizer)
     patches = math.prod(f.grid)
 
