@@ -30,8 +30,9 @@ from torch import nn
 
 from common import (
     BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
-    print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    check_batch, check_numbers, decode, gather, launch, load_encoder, load_file, load_splits, load_state,
+    parameter_groups, precision_of, print0, promote, rank, save_encoder, save_file, set_lr, start, uniform,
+    warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -438,7 +439,7 @@ def run_finetune(args, encoder, run):
     """Subcommand finetune."""
     train, val = splits(args)
     batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch)
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
     return finetune(encoder, train, val, run, args.blocks, args.epochs, args.lr, batch)
 
 
@@ -666,7 +667,7 @@ def main(argv):
     flag("--epochs", type=float, default=100, help="CMAE 4.2")
     flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
     flag("--batch", type=int, default=1024)
-    args = parser.parse_args(argv)
+    args = check_numbers(parser.parse_args(argv))
 
     device = start()
     encoder = load_encoder(args.encoder, args.image_size)
