@@ -447,7 +447,7 @@ def init_weights(module):
 def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch"):
     """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
     With the stem "conv" it has one block less, and so as many parameters."""
-    match = re.fullmatch(r"vit_(\D+|2b)(\d+)", name)
+    match = re.fullmatch(r"vit_(\D+|2b)([1-9]\d*)", name)
     if not match or match[1] not in VIT_SIZES:
         known = ", ".join(VIT_SIZES)
         raise InputError(f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
@@ -2083,7 +2083,7 @@ def load_state(part, state, where):
     """
     if isinstance(part, nn.Module):
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise InputError(f"{where} holds no weights: expected a dict of tensors")
+            raise InputError(f"{where} does not fit this model: expected a dict of tensors")
         own = part.state_dict()
         faults = [f"{k} is missing" for k in own.keys() - state.keys()]
         faults += [f"{k} is not expected" for k in state.keys() - own.keys()]
