@@ -34,10 +34,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (
-    Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, build_vit, check_batch, draw,
-    init_encoder, init_weights, launch, load_splits, mlp_head, normalize, normalize_patches, nt_xent, parameter_groups,
-    parse_settings, patchify, promote, random_masking, rank, save_encoder, start, to_bytes, uniform, unpatchify,
-    warmup_cosine,
+    Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, build_vit, check_batch,
+    check_masking, draw, init_encoder, init_weights, launch, load_splits, mlp_head, normalize, normalize_patches,
+    nt_xent, parameter_groups, parse_settings, patchify, promote, random_masking, rank, save_encoder, start, to_bytes,
+    uniform, unpatchify, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate
 
@@ -296,12 +296,6 @@ def prepare(argv):
     own = {name for row in METHODS.values() for name in row if getattr(s, name) != usual[name]}
     if len(methods) > 1 and own:
         raise InputError(f"--{min(own)} belongs to one method: name it instead of --methods {s.methods}")
-    for name in ("lambda_infonce", "lam", "strength", "mask_ratio"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise InputError(f"--{name} {getattr(s, name):g}: choose a number from 0 to 1")
-    if not 0 < s.temperature < math.inf or not 0 <= s.sigma_max < math.inf:
-        given = f"--temperature {s.temperature:g}, --sigma_max {s.sigma_max:g}"
-        raise InputError(f"{given}: above 0 and 0 or more are expected")
     device, parts = start(), {}
     for method in methods:
         mine = replace(s, **row_of(method, s.data)) if len(methods) > 1 else s
@@ -313,15 +307,14 @@ def prepare(argv):
             raise InputError(f"{given} --sigma_max {mine.sigma_max:g}: no loss is left to learn from")
         torch.manual_seed(s.seed)
         model = CAN(mine)
-        if int(math.prod(model.f.grid) * (1 - mine.mask_ratio)) < 1:
-            raise InputError(f"--mask_ratio {mine.mask_ratio:g} keeps none of {math.prod(model.f.grid)} patches")
+        check_masking(model.f.grid, mine.mask_ratio)
         if s.init:
             init_encoder(model.f, s.init)
         parts[method] = mine, model
     train, val = load_splits(s.data, val=not s.cost)
-    check_batch(s, train, s.batch)
     if s.epoch_images and s.epoch_images < s.batch:
         raise InputError(f"--epoch_images {s.epoch_images} is less than the batch of {s.batch}")
+    check_batch(s, train, s.batch, s.epochs * (s.epoch_images or len(train)) / len(train))
     return s, device, train, val, parts
 
 

@@ -31,9 +31,9 @@ from torch import nn
 
 from common import (
     Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit, check_batch,
-    draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_splits, mae_loss, mlp_head, normalize,
-    parameter_groups, parse_settings, random_masking, rank, reconstruct, save_encoder, start, to_bytes, uniform,
-    warmup_cosine, world,
+    check_masking, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_splits, mae_loss, mlp_head,
+    normalize, parameter_groups, parse_settings, random_masking, rank, reconstruct, save_encoder, start, to_bytes,
+    uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import evaluate, finetune
 
@@ -276,17 +276,10 @@ def prepare(argv):
     for name, choices in dict(stem=("patch", "conv"), pool=("cls", "mean"), loss=("infonce", "byol")).items():
         if getattr(s, name) not in choices:
             raise InputError(f"--{name} {getattr(s, name)}: choose {' or '.join(choices)}")
-    if not 0 < s.temperature < math.inf or not 0 <= s.lambda_c < math.inf or not 0 <= s.ema <= 1:
-        given = f"--temperature {s.temperature:g}, --lambda_c {s.lambda_c:g}, --ema {s.ema:g}"
-        raise InputError(f"{given}: expected above 0, 0 or above, and 0 to 1")
-    if not 0 < s.mask_ratio < 1 or not 0 <= s.target_mask_ratio < 1:
-        given = f"--mask_ratio {s.mask_ratio}, --target_mask_ratio {s.target_mask_ratio}"
-        raise InputError(f"{given}: fractions below 1 are expected, the first above 0")
-    if s.shift < 0:
-        raise InputError(f"--shift {s.shift}: choose 0 for none, or the number of places (32: shifts 0 to 31)")
-    if s.feature_depth < 0 or s.share_decoder and not 0 < s.feature_depth <= s.decoder_depth:
-        limits = f"choose 0 or more, and with --share_decoder 1 to {s.decoder_depth}"
-        raise InputError(f"--feature_depth {s.feature_depth}: {limits}")
+    if not s.mask_ratio:
+        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
+    if s.share_decoder and not 0 < s.feature_depth <= s.decoder_depth:
+        raise InputError(f"--feature_depth {s.feature_depth}: with --share_decoder choose 1 to {s.decoder_depth}")
     device = start()
     models = {}
     for method in methods:
@@ -297,14 +290,12 @@ def prepare(argv):
             init_encoder(online.F_s, s.init)
         models[method] = [m.to(device) for m in (online, Target(online))]
     side = online.F_s.grid[0]
-    if s.mask_block < 1 or side % s.mask_block:
+    if side % s.mask_block:
         raise InputError(f"--mask_block {s.mask_block}: expected a divisor of the grid of {side} patches a side")
-    for ratio in (s.mask_ratio, s.target_mask_ratio):
-        if int(side**2 * (1 - ratio)) < 1:
-            raise InputError(f"masking {ratio} of {side**2} patches leaves none: choose a smaller ratio")
+    check_masking((side, side), s.mask_ratio, s.target_mask_ratio)
     train, val = load_splits(s.data, val=not s.cost)
-    check_batch(s, train, s.batch)
-    if val and not 0 < s.finetune_batch <= len(train):
+    check_batch(s, train, s.batch, s.epochs)
+    if val and s.finetune_batch > len(train):
         raise InputError(f"--finetune_batch {s.finetune_batch}: the training set has {len(train)} images")
     return s, device, train, val, models
 

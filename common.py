@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -446,7 +447,7 @@ def init_weights(module):
 def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch"):
     """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
     With the stem "conv" it has one block less, and so as many parameters."""
-    match = re.fullmatch(r"vit_(\D+|2b)(\d+)", name)
+    match = re.fullmatch(r"vit_(\D+|2b)([1-9]\d*)", name)
     if not match or match[1] not in VIT_SIZES:
         known = ", ".join(VIT_SIZES)
         raise InputError(f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
@@ -810,8 +811,7 @@ class Images:
         """Image i as an RGB PIL image."""
         if self.pixels is not None:
             return Image.fromarray(self.pixels[i].permute(1, 2, 0).numpy())
-        image = self.dataset[i][0] if self.files is None else Image.open(self.name(i))
-        return image.convert("RGB")
+        return to_rgb(self.dataset[i][0]) if self.files is None else read_image(self.name(i))
 
     def subset(self, index, classes=None):
         """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
@@ -850,19 +850,21 @@ class Videos(Images):
         else:
             length, read = self.open_clip(index.item())
             for frame in sample_frames(noise, length, self.gap)[0].tolist():
-                yield read(frame).convert("RGB")
+                yield read(frame)
 
     def open_clip(self, i):
-        """(number of frames of video i, a function from a frame's number to its PIL image); nothing else is decoded."""
+        """(number of frames of video i, a function from a frame's number to its RGB image); nothing else is decoded."""
         path = Path(self.name(i))
         if path.is_dir():  # 2.png comes before 10.png
             number = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
             frames = sorted((f for f in os.listdir(path) if Path(f).suffix.lower() in SUFFIXES), key=number)
             if not frames:
                 raise OSError("no frames")
-            return len(frames), lambda frame: Image.open(path / frames[frame])
+            return len(frames), lambda frame: read_image(path / frames[frame])
         if path.suffix.lower() not in VIDEO_SUFFIXES:
-            return 1, lambda frame: Image.open(path)
+            return 1, lambda frame: read_image(path)
+        if not path.is_file():
+            raise OSError("no regular file")
         from torchcodec.decoders import VideoDecoder
 
         try:
@@ -898,7 +900,7 @@ class _Stills(Images):
 
     def open(self, i):
         length, read = self.videos.open_clip(i // self.count)
-        return read(int((i % self.count + 0.5) * length / self.count)).convert("RGB")
+        return read(int((i % self.count + 0.5) * length / self.count))
 
 
 def sample_frames(noise, length, gap=-1):
@@ -932,7 +934,7 @@ def load_images(data, split, labels=True):
         return shapes(split)
     if data == "random":
         return Images(torch.full((1281167,), -1), [], dataset=_Noise())
-    if Path(data).is_dir():
+    if os.path.isdir(data):  # Path("") would be this folder
         return _fit_in_memory(_load_folder(Path(data), split, labels))
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     if data.lower() not in known:
@@ -956,7 +958,7 @@ def load_videos(data, split, labels=False):
         return moving_shapes(split)
     if data == "random":
         return Videos(load_images(data, split).labels, [])
-    if not Path(data).is_dir():
+    if not os.path.isdir(data):
         raise InputError(f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
     root, names = Path(data), ["train"] if split == "train" else ["val", "test"]
     folder = next((root / n for n in names if (root / n).is_dir()), root)
@@ -1082,6 +1084,40 @@ def _fit_in_memory(images):
 
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # whatever the name; Pillow's others may start programs
+
+
+def read_image(path):
+    """An image file as an RGB PIL image.
+
+    Raises:
+        OSError: a file that cannot be decoded, or whose header promises more than Pillow's limit of 179 million pixels.
+    """
+    if not os.path.isfile(path):  # to open a named pipe would be to wait for ever
+        raise OSError("no regular file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
+    except Exception as e:  # damaged files raise whatever the decoder trips over
+        raise OSError(str(e) or type(e).__name__) from e
+
+
+def to_rgb(image):
+    """A PIL image as RGB: on white where it is transparent, of an animation the first frame, of 16 bits the upper 8.
+
+    As in torchvision's ImageFolder, EXIF's orientation turns nothing.
+
+    Raises:
+        OSError: 32-bit integers or floats, for which white is not defined.
+    """
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert("RGB") makes all above 255 white
+    if image.mode in ("I", "F"):
+        raise OSError(f"pixels of mode {image.mode} have no white: save it with 8 or 16 bits")
+    if image.has_transparency_data:  # convert("RGB") shows the colours below
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _to_uint8(image):
@@ -1333,6 +1369,8 @@ class CenterCrop:
     def __call__(self, images, epoch, index):
         image = images.open(index)
         if image.size != (self.size, self.size):
+            long = 16 * min(image.size)  # of a line of pixels not all is enlarged
+            image = v2.center_crop(image, [min(image.height, long), min(image.width, long)])
             image = v2.resize(image, [round(self.size * 256 / 224)], InterpolationMode.BICUBIC)
             image = v2.center_crop(image, [self.size, self.size])
         return [_to_uint8(image)]
@@ -1599,7 +1637,7 @@ def parse_settings(cls, presets, argv, description):
     otherwise are refused.
 
     Raises:
-        InputError: an unknown flag or value.
+        InputError: an unknown flag or value, or a config.json that is not of this program.
     """
     parser = Parser(description=description.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
@@ -1613,16 +1651,54 @@ def parse_settings(cls, presets, argv, description):
     if given.get("cost"):
         given.setdefault("data", "random")
     if not given.get("resume"):
-        return cls(**{**presets(given), **given})
+        return check_numbers(cls(**{**presets(given), **given}))
     config = Path(given.get("out", "")) / "config.json"
-    if not given.get("out") or not config.exists():
+    if not given.get("out") or not config.is_file():
         raise InputError("--resume needs --out DIR with a folder that holds a run")
-    saved = json.loads(config.read_text())
+    saved = read_json(config, "restore it, or start a new run")
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    odd = sorted(types.keys() ^ saved.keys())
+    odd += [k for k, v in saved.items() if k in types and type(v) not in (types[k], {float: int}.get(types[k]))]
+    if odd:
+        what = f"{config} does not fit this program ({', '.join(odd[:4])})"
+        raise InputError(f"{what}: resume with the program and version that wrote it, or start a new run")
     for key, value in given.items():
         free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")  # they change no result
         if key not in free and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
-    return cls(**{**saved, **given})
+    return check_numbers(cls(**{**saved, **given}))
+
+
+# What a number may be, by the name of its setting: the first line that fits.
+LIMITS = (
+    ("workers|gap", lambda v: v >= -1, "from -1"),
+    ("seed", lambda v: 0 <= v < 2**63, "from 0, below 2^63"),
+    ("(projector_)?ema|warmup|lam|lambda_infonce|strength", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (".*mask_ratio", lambda v: 0 <= v < 1, "from 0, below 1"),
+    (".*(scale|crop)_min|layer_decay", lambda v: 0 < v <= 1, "above 0, up to 1"),
+    ("micro_batch|save_every|local_views|.*warmup_epochs", lambda v: v >= 0, "from 0"),
+    (".*(batch|epochs|lr|temperature|size|dim|hidden|heads)", lambda v: v > 0, "above 0"),
+    (".*(queue|every|views|runs)|k|mask_block", lambda v: v > 0, "above 0"),
+    (".*", lambda v: v >= 0, "from 0"),
+)
+
+
+def check_numbers(settings):
+    """The settings (a dataclass or a namespace) again.
+
+    Raises:
+        InputError: a number, alone or in a list, that is not finite or not within LIMITS; a warm-up that outlasts its
+            training.
+    """
+    for name, value in vars(settings).items():
+        allowed, words = next((a, w) for names, a, w in LIMITS if re.fullmatch(names, name))
+        for v in value if isinstance(value, list) else [value]:
+            if type(v) in (int, float) and not (allowed(v) and v < math.inf):
+                raise InputError(f"--{name} {f'{v:g}' if isinstance(v, float) else v}: choose a number {words}")
+        training = name.replace("warmup_", "")
+        if name.endswith("warmup_epochs") and value > getattr(settings, training):
+            raise InputError(f"--{name} {value:g} outlasts --{training} {getattr(settings, training):g}: choose less")
+    return settings
 
 
 def precision_of(name, device):
@@ -1638,18 +1714,24 @@ def precision_of(name, device):
     return getattr(torch, name)
 
 
-def check_batch(settings, images, batch):
-    """Raises InputError if the global batch does not fit the set, the processes or the micro-batches."""
-    if batch < 1:
-        raise InputError(f"batch {batch}: choose at least 1")
-    if settings.micro_batch < 0:
-        raise InputError(f"--micro_batch {settings.micro_batch}: choose 0 for all, or more")
+def check_batch(settings, images, batch, epochs):
+    """Raises InputError if the global batch does not fit the set, the processes or the micro-batches, or if the epochs
+    are less than a step."""
     if batch > len(images):
         raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
+    if round(epochs * (len(images) // batch)) < 1:
+        raise InputError(f"{epochs:g} epochs of {len(images) // batch} steps are not one step: choose more")
     if batch % world():
         raise InputError(f"batch {batch} is not divisible by {world()} processes")
     if settings.micro_batch and (batch // world()) % settings.micro_batch:
         raise InputError(f"--micro_batch {settings.micro_batch} does not divide a process's batch of {batch // world()}")
+
+
+def check_masking(grid, *ratios):
+    """Raises InputError if one of the mask ratios removes all patches of a grid (height, width)."""
+    for ratio in ratios:
+        if int(math.prod(grid) * (1 - ratio)) < 1:
+            raise InputError(f"masking {ratio:g} of {math.prod(grid)} patches keeps none: mask less, or smaller ones")
 
 
 class Run:
@@ -1683,7 +1765,7 @@ class Run:
             dist.broadcast_object_list(folder, device=device)
         self.folder = Path(folder[0])
         if settings.resume:
-            self.checkpoint = load_file(self.folder / "last.pt") if (self.folder / "last.pt").exists() else None
+            self.checkpoint = self._read_checkpoint()
             self.finished = self.checkpoint["finished"] if self.checkpoint else []
         self.results = self._read_results()
         if rank() == 0 and not settings.resume:
@@ -1700,24 +1782,46 @@ class Run:
         if self.settings.cost:
             self.scratch = tempfile.TemporaryDirectory()  # gone with the run
             return Path(self.scratch.name)
-        if self.settings.out:
-            folder = Path(self.settings.out)
-            if not self.settings.resume and folder.is_dir() and any(folder.iterdir()):
-                raise InputError(f"--out {folder} holds a run or other files: add --resume to go on, or choose another")
-            try:
+        try:
+            if self.settings.out:
+                folder = Path(self.settings.out)
+                if not self.settings.resume and folder.is_dir() and any(folder.iterdir()):
+                    what = f"--out {folder} holds a run or other files"
+                    raise InputError(f"{what}: add --resume to go on, or choose another")
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise InputError(f"--out {folder}: cannot make this folder ({e.strerror})") from e
-            return folder
-        for number in range(1, 100000):
-            with contextlib.suppress(FileExistsError):
-                folder = Path("runs") / f"{number:03d}"
-                folder.mkdir(parents=True)
                 return folder
+            for number in itertools.count(1):
+                folder = Path("runs") / f"{number:03d}"
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True)
+                    return folder
+        except OSError as e:
+            raise InputError(f"run folder {folder} cannot be made ({e.strerror}): choose another with --out DIR") from e
+
+    def _read_checkpoint(self):
+        """The newest checkpoint, None before the first. A kill amid `_save`'s two renamings leaves previous.pt alone.
+
+        Raises:
+            InputError: it is damaged; the one before it is offered.
+        """
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        path = last if last.exists() else previous
+        if not path.exists():
+            return None
+        try:
+            checkpoint = load_file(path)
+            if not isinstance(checkpoint, dict) or checkpoint.keys() != {"stage", "step", "finished", "state"}:
+                raise InputError(f"{path} is no checkpoint of a run")
+            return checkpoint
+        except InputError as e:
+            older = path == last and previous.exists()
+            command = shlex.join(["mv", str(previous), str(last)] if older else ["rm", str(path)])
+            what = "the checkpoint before it is whole: go on from that" if older else "there is no other: begin anew"
+            raise InputError(f"{str(e).splitlines()[0]}; {what} after `{command}`, with --resume") from e
 
     def _read_results(self):
         path = self.folder / "results.json"
-        return json.loads(path.read_text()) if self.settings.resume and path.exists() else {}
+        return read_json(path, "delete it, or restore it") if self.settings.resume and path.exists() else {}
 
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
@@ -1743,6 +1847,8 @@ class Run:
             return
         if self.checkpoint and self.checkpoint["stage"] == stage:
             self.step = self.checkpoint["step"]
+            if state.keys() != self.checkpoint["state"].keys():
+                raise InputError(f"{self.folder / 'last.pt'} is a checkpoint of another program")
             for name, part in state.items():
                 load_state(part, self.checkpoint["state"][name], f"{self.folder / 'last.pt'} ({name})")
             self.checkpoint = None
@@ -1783,7 +1889,7 @@ class Run:
         noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
         rows = torch.arange(n) + rank() * n
         index = rows.to(self.device)
-        self.log_file, self.shown, self.clock, self.since, self.epoch = io.StringIO(), math.inf, time.time(), 0, 0
+        self.log_file, self.shown, self.clock, self.since, self.epoch = io.BytesIO(), math.inf, time.time(), 0, 0
         self.total = max(self.total, 6)  # so that no step is the last
         for self.step in range(5):
             if self.step == 2:
@@ -1866,7 +1972,8 @@ class Run:
             self.bad += 1
             print0(f"\nstep {self.step} ({self.stage}) skipped: loss {loss}, gradient norm {norm}")
             if self.bad == 10:
-                raise InputError(f"10 steps in a row were not finite; the last good checkpoint is {self.folder / 'last.pt'}")
+                remedy = "start a new run with a lower learning rate, --clip_grad 1 or --precision float32"
+                raise InputError(f"10 steps in a row were not finite: {remedy}")
         optimizer.zero_grad(set_to_none=True)
         self._log(dict(loss=loss, lr=lr, grad_norm=norm, **log))
         return finite
@@ -1878,7 +1985,8 @@ class Run:
         known = lambda v: [known(x) for x in v] if isinstance(v, list) else v if math.isfinite(v) else None
         line |= {k: known(v) for k, v in values.items()}  # JSON has no NaN
         if rank() == 0:
-            self.log_file.write(json.dumps(line) + "\n")
+            with writing(self.folder / "log.jsonl"):
+                self.log_file.write((json.dumps(line) + "\n").encode())
         tty = sys.stdout.isatty()
         if now - self.shown > (0.5 if tty else 10) or self.step + 1 == self.total:
             self.shown = now
@@ -1891,7 +1999,7 @@ class Run:
     def _open_log(self):
         """Opens log.jsonl behind the last line that belongs to the checkpoint."""
         if rank() != 0:
-            self.log_file = io.StringIO()
+            self.log_file = io.BytesIO()
             return
         path = self.folder / "log.jsonl"
         keep = []
@@ -1901,7 +2009,7 @@ class Run:
                 if entry["stage"] in self.finished or entry["stage"] == self.stage and entry["step"] < self.step:
                     keep.append(line)
         write_atomic(path, "".join(line + "\n" for line in keep).encode())
-        self.log_file = open(path, "a", buffering=1)
+        self.log_file = open(path, "ab", buffering=0)
 
     def _save(self, state):
         for part in state.values():
@@ -1909,28 +2017,67 @@ class Run:
                 part.consolidate_state_dict()  # on rank 0
         if rank() == 0:
             states = {name: part.state_dict() for name, part in state.items()}
-            save_file(self.folder / "last.pt", dict(stage=self.stage, step=self.step, finished=self.finished, state=states))
+            checkpoint = dict(stage=self.stage, step=self.step, finished=self.finished, state=states)
+            save_file(self.folder / "last.pt", checkpoint, keep=self.folder / "previous.pt")
         if world() > 1:
             dist.barrier()
 
 
-def write_atomic(path, data):
+@contextlib.contextmanager
+def writing(path):
+    """Within it, a full disk and its like become an InputError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of an OSError
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        why = getattr(cause, "strerror", None) or str(e).splitlines()[0]
+        what = f"{path} cannot be written ({why}); what it held before is whole"
+        remedy = f"make room and start again, a training with --out {Path(path).parent} --resume"
+        raise InputError(f"{what}: {remedy}") from e
+
+
+def write_atomic(path, data, keep=None):
     """Writes bytes so that `path` holds the old or the new content, whatever happens.
 
-    data: bytes, or a function that writes them to the open file it is given.
+    Args:
+        data: bytes, or a function that writes them to the open file it is given.
+        keep: where the old content goes; at every moment a whole file has one of the two names.
+    Raises:
+        InputError: it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as f:
-        data(f) if callable(data) else f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                data(f) if callable(data) else f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def save_file(path, content):
-    """torch.save, atomically."""
-    write_atomic(path, lambda f: torch.save(content, f))
+def save_file(path, content, keep=None):
+    """torch.save, atomically; `keep` as in write_atomic."""
+    write_atomic(path, lambda f: torch.save(content, f), keep)
+
+
+def read_json(path, remedy):
+    """The dict in a JSON file.
+
+    Raises:
+        InputError: there is none; `remedy` says what to do.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is not readable ({e}): {remedy}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: {remedy}")
+    return content
 
 
 def load_file(path):
@@ -1946,12 +2093,13 @@ def load_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         with open(path, "rb") as f:
-            pickled = f.read(2) in (b"PK", b"\x80\x02")
+            pickled = f.read(2).startswith((b"PK", b"\x80"))
         if not pickled or not isinstance(e, pickle.UnpicklingError):
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise InputError(f"{path} is not a readable torch file ({why})") from e
         raise InputError(
-            f"{path} holds more than tensors and plain values; loading it could run code. If you trust it, strip it once:\n"
+            f"{path} holds more than tensors and plain values; loading it could run code\n"
+            "If you trust it, strip it once:\n"
             f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
             f"    state = content['model'] if 'model' in content else content\n"
             f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
@@ -1965,6 +2113,8 @@ def load_state(part, state, where):
         InputError: the state does not fit.
     """
     if isinstance(part, nn.Module):
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise InputError(f"{where} does not fit this model: expected a dict of tensors")
         own = part.state_dict()
         faults = [f"{k} is missing" for k in own.keys() - state.keys()]
         faults += [f"{k} is not expected" for k in state.keys() - own.keys()]
@@ -1974,7 +2124,10 @@ def load_state(part, state, where):
         if faults:
             more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise InputError(f"{where} does not fit this model: {'; '.join(sorted(faults)[:4])}{more}")
-    part.load_state_dict(state)
+    try:
+        part.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:  # an optimizer's; torch leaves it as it was
+        raise InputError(f"{where} does not fit: {str(e).splitlines()[0]}") from e
 
 
 def launch(main):

@@ -29,11 +29,12 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, MAEDecoder, MEAN, Parser, RunSettings, STD, View, adamw, adjust_brightness,
-    adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients, backward, batches, channels,
-    check_batch, decode, draw, draw_curves, draw_matrix, draw_points, gather, launch, load_encoder, load_file,
-    load_splits, load_state, mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank,
-    save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, Colour, Images, InputError, MAEDecoder, MEAN, Parser, RunSettings, STD, ViT, View, adamw,
+    adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients, backward, batches,
+    channels, check_batch, check_numbers, decode, draw, draw_curves, draw_matrix, draw_points, gather, launch,
+    load_encoder, load_file, load_splits, load_state, mae_loss, parameter_groups, precision_of, print0, promote,
+    random_masking, rank, save_encoder, save_file, set_lr, shapes, start, take, uniform, warmup_cosine, world,
+    write_atomic,
 )  # fmt: skip
 
 
@@ -570,7 +571,7 @@ def run_finetune(args, encoder, run):
     """Subcommand finetune."""
     train, val = splits(args)
     batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch)
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
     return finetune(encoder, train, val, run, args.blocks, args.epochs, args.lr, batch)
 
 
@@ -1124,7 +1125,7 @@ def main(argv):
     flag("--batch", type=int, default=1024)
     flag("--lr", type=float, default=0.1, help="at batch 256")
     command(run_stats, run_stats)
-    args = parser.parse_args(argv)
+    args = check_numbers(parser.parse_args(argv))
 
     device = start()
     encoder = load_encoder(args.encoder, args.image_size)

@@ -22,7 +22,6 @@ Easy to get wrong:
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
 """
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -31,9 +30,9 @@ from torch import nn
 
 from common import (
     BYOL, VIT_SIZES, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit,
-    check_batch, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file, load_splits,
-    load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank, random_masking,
-    reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
+    check_batch, check_masking, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file,
+    load_splits, load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank,
+    random_masking, reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate, features
 
@@ -296,31 +295,30 @@ def prepare(argv):
         raise InputError(f"--stages {s.stages}: choose from mae (or combined), head, ct, in this order")
     if not {"mae", "combined"} & set(stages) and not s.init:
         raise InputError(f"--stages {s.stages} starts from a trained encoder: give it with --init FILE")
-    for name in ("temperature", "head_temperature"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise InputError(f"--{name} {getattr(s, name):g}: choose a number above 0")
     if s.pool not in ("cls", "mean"):
         raise InputError(f"--pool {s.pool}: choose cls or mean")
-    if not 0 < s.mask_ratio < 1 or not 0 <= s.ct_mask_ratio < 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio}, --ct_mask_ratio {s.ct_mask_ratio}: fractions below 1 are expected")
+    if not s.mask_ratio:
+        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
     device = start()
     torch.manual_seed(s.seed)
     encoder = build_vit(s.model, s.image_size, s.pool)
     encoder.checkpoint_blocks = s.checkpoint_blocks
+    check_masking(encoder.grid, s.mask_ratio, s.ct_mask_ratio)
     if s.init:
         init_encoder(encoder, s.init)
     decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
     head = NNCLRHead(encoder.dim, s)
     if s.head:
         load_state(head, load_file(s.head), s.head)
-    if not 1 <= s.k <= s.queue:
-        raise InputError(f"--k {s.k}: expected at least 1 and no more than the queue of {s.queue}")
-    if "ct" in stages and not 0 <= s.frozen < encoder.depth:
+    if s.k > s.queue:
+        raise InputError(f"--k {s.k}: expected no more than the queue of {s.queue}")
+    if "ct" in stages and s.frozen >= encoder.depth:
         raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")
     train, val = load_splits(s.data, labels=s.oracle, val=not s.cost)
-    for name, batch in dict(mae=s.mae_batch, combined=s.mae_batch, head=s.batch, ct=s.batch).items():
+    mae, head_init, ct = (s.mae_batch, s.mae_epochs), (s.batch, s.head_epochs), (s.batch, s.epochs)
+    for name, size in dict(mae=mae, combined=mae, head=head_init, ct=ct).items():
         if name in stages:
-            check_batch(s, train, batch)
+            check_batch(s, train, *size)
     if s.batch > s.queue and {"head", "ct"} & set(stages):
         raise InputError(f"--batch {s.batch} is larger than the queue of {s.queue}")
     return s, device, train, val, stages, encoder.to(device), decoder.to(device), head.to(device)

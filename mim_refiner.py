@@ -37,8 +37,9 @@ from torch import nn
 
 from common import (
     BYOL, VIT_SIZES, BatchNorm, Colour, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward,
-    build_vit, check_batch, draw_curves, ema_update, frozen_copy, gather, init_encoder, launch, load_splits, normalize,
-    parameter_groups, parse_settings, pretrain_mae, print0, promote, rank, save_encoder, start, uniform, warmup_cosine,
+    build_vit, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather, init_encoder, launch,
+    load_splits, normalize, parameter_groups, parse_settings, pretrain_mae, print0, promote, rank, save_encoder, start,
+    uniform, warmup_cosine,
 )  # fmt: skip
 from eval import evaluate, knn_per_block
 
@@ -345,18 +346,9 @@ def prepare(argv):
         raise InputError("--mim data2vec2 refines a trained encoder: give it with --init FILE")
     if s.schedule not in SCHEDULES:
         raise InputError(f"--schedule {s.schedule}: choose from {', '.join(SCHEDULES)}")
-    if not 0 < s.temperature < math.inf:
-        raise InputError(f"--temperature {s.temperature:g}: choose a number above 0")
-    if not 0 < s.local_scale_min < s.global_scale_min < 1:
+    if not s.local_scale_min < s.global_scale_min < 1:
         raise InputError(f"--local_scale_min {s.local_scale_min:g} and --global_scale_min {s.global_scale_min:g}: "
                          "rising fractions of the area are expected")  # fmt: skip
-    if s.local_views < 0 or s.local_size < 1 or s.knn_every < 1 or s.heads < 1:
-        raise InputError("--local_views counts from 0; --local_size, --knn_every and --heads from 1")
-    for name in ("lr", "head_lr", "epochs", "head_epochs"):
-        if not getattr(s, name) > 0:
-            raise InputError(f"--{name} {getattr(s, name):g}: choose a number above 0")
-    if not 0 <= s.ema <= 1:
-        raise InputError(f"--ema {s.ema:g}: choose a number from 0 to 1")
     device = start()
     torch.manual_seed(s.seed)
     encoder = build_vit(s.model, s.image_size, "cls", post_norm=s.mim == "data2vec2")
@@ -368,18 +360,19 @@ def prepare(argv):
     blocks = blocks_of(s, encoder.depth)
     if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] != encoder.depth:
         raise InputError(f"heads behind blocks {blocks}: expected rising numbers from 1 to the last block, {encoder.depth}")
-    if not 0 <= s.frozen < encoder.depth:
+    if s.frozen >= encoder.depth:
         raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, nothing would be tuned")
-    if not 1 <= s.k <= s.queue:
-        raise InputError(f"--k {s.k}: expected at least 1 and no more than the queue of {s.queue}")
+    if s.k > s.queue:
+        raise InputError(f"--k {s.k}: expected no more than the queue of {s.queue}")
     decoder = None
     if not s.init:
+        check_masking(encoder.grid, 0.75)
         decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
         decoder.to(device)
     heads = IDHeads(len(blocks), encoder.dim, s)
     train, val = load_splits(s.data, val=not s.cost)
-    for batch in {s.batch} if s.init else {s.mae_batch, s.batch}:
-        check_batch(s, train, batch)
+    for batch, epochs in [(s.mae_batch, s.mae_epochs)] * (not s.init) + [(s.batch, s.head_epochs), (s.batch, s.epochs)]:
+        check_batch(s, train, batch, epochs)
     if s.batch > s.queue:
         raise InputError(f"--batch {s.batch} is larger than the queue of {s.queue}")
     return s, device, train, val, encoder.to(device), decoder, heads.to(device), blocks

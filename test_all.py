@@ -15,20 +15,25 @@ import argparse
 import collections
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
+import random
 import re
 import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -1513,11 +1518,112 @@ def test_any_tree_of_images_will_do_without_labels(tmp_path):
     assert train.pixels is None  # of different sizes: stay files
 
 
-def test_gray_and_transparent_files_are_read_as_rgb(tmp_path):
-    Image.fromarray(np.full((20, 20), 7, np.uint8)).save(tmp_path / "gray.png")
-    Image.fromarray(np.full((20, 20, 4), 7, np.uint8)).save(tmp_path / "alpha.png")
-    images = common.load_images(str(tmp_path), "train", labels=False)
-    assert images.pixels.shape == (2, 3, 20, 20) and (images.pixels == 7).all()
+def png_header(side, path):
+    """A PNG of a few bytes that promises side x side pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), chunk(b"IDAT", zlib.compress(bytes(99)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b""))
+
+
+def palette_png(path):
+    """All pixels of a colour that the palette has as red and the transparency as invisible."""
+    image = Image.new("P", (20, 30), 1)
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    image.save(path, transparency=1)
+
+
+def animated_gif(path):
+    frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def saved(mode, colour, suffix, size=(20, 30), **options):
+    return lambda path: Image.new(mode, size, colour).save(path, suffix, **options)
+
+
+# name: (what writes the file, its RGB value everywhere, or what is said when it is skipped)
+ODD_IMAGES = {
+    "gray.png": (saved("L", 7, "PNG"), (7, 7, 7)),
+    "gray of 16 bits.png": (saved("I;16", 0x8034, "PNG"), (128, 128, 128)),
+    "gray of 16 bits.tif": (saved("I;16", 0x8034, "TIFF"), (128, 128, 128)),
+    "gray of 16 bits.ppm": (lambda path: path.write_bytes(b"P5 20 30 65535\n" + b"\x80\x34" * 600), (128, 128, 128)),
+    "colour of 16 bits.ppm": (lambda path: path.write_bytes(b"P6 2 3 65535\n" + b"\x80\x34" * 18), (128, 128, 128)),
+    "cmyk.jpg": (saved("CMYK", (0, 255, 255, 0), "JPEG"), (254, 0, 0)),
+    "half transparent.png": (saved("RGBA", (0, 100, 200, 51), "PNG"), (204, 224, 244)),
+    "hidden colour.webp": (saved("RGBA", (0, 100, 200, 0), "WEBP", lossless=True, exact=True), (255, 255, 255)),
+    "gray and transparent.png": (saved("LA", (7, 0), "PNG"), (255, 255, 255)),
+    "palette.png": (palette_png, (255, 255, 255)),
+    "animated.gif": (animated_gif, (255, 0, 0)),
+    "one pixel.png": (saved("RGB", (9, 8, 7), "PNG", (1, 1)), (9, 8, 7)),
+    "long.png": (saved("RGB", (9, 8, 7), "PNG", (5000, 1)), (9, 8, 7)),
+    "tall.png": (saved("RGB", (9, 8, 7), "PNG", (1, 5000)), (9, 8, 7)),
+    "png.jpg": (saved("RGB", (9, 8, 7), "PNG"), (9, 8, 7)),
+    "float.tif": (saved("F", 0.5, "TIFF"), "pixels of mode F"),
+    "integer.tif": (saved("I", 70000, "TIFF"), "pixels of mode I"),
+    "huge.png": (partial(png_header, 30000), "exceeds limit"),
+    "empty.jpg": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "text.jpg": (lambda path: path.write_text("no picture"), "cannot identify"),
+    "postscript.jpg": (saved("RGB", (9, 8, 7), "EPS"), "cannot identify"),  # Pillow would start Ghostscript
+    "cut off.jpg": (lambda path: path.write_bytes(jpeg()[:-300]), "truncated"),
+    "pipe.jpg": (os.mkfifo, "no regular file"),
+    "broken link.jpg": (lambda path: path.symlink_to("nowhere"), "no regular file"),
+    "link to a device.jpg": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+}
+
+
+def jpeg():
+    file = io.BytesIO()
+    Image.fromarray(pictures(1, 40, 40)[0].permute(1, 2, 0).numpy()).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images_are_read_right_or_skipped_and_named(tmp_path, capsys, name):
+    """In training and in evaluation, between two plain ones."""
+    write, expected = ODD_IMAGES[name]
+    for plain in ("a.png", "z.png"):
+        Image.new("RGB", (20, 30), (1, 2, 3)).save(tmp_path / plain)
+    write(tmp_path / name)
+    (tmp_path / "folder.jpg").mkdir()
+    images, skipped = common.load_images(str(tmp_path), "train", labels=False), {}
+    assert len(images) == 3
+    odd = [images.name(i) for i in range(3)].index(str(tmp_path / name))
+    [trained] = all_batches(images, [View(16)], 3, 0, 1, 0, skipped)
+    [(crops, used)] = protocols.center_views(images, 16, CPU, 0, torch.arange(3))
+    said = capsys.readouterr().err
+    if isinstance(expected, str):
+        assert said.count(f"skipped {tmp_path / name}") == 2 and expected in said and skipped == {str(tmp_path / name): 1}
+        assert odd not in used and odd not in trained.index
+    else:
+        for x, index in ((trained.views[0], trained.index), (crops, used)):
+            difference = x[index == odd].int() - torch.tensor(expected)[:, None, None]
+            assert difference.shape == (1, 3, 16, 16) and difference.abs().max() <= 1  # JPEG and WebP round
+        assert said == "" and skipped == {}
+
+
+def test_exif_turns_no_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert common.read_image(tmp_path / "a.jpg").size == (20, 30)
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM"])
+def test_no_damage_to_a_file_is_more_than_unreadable(tmp_path, suffix):
+    """Random bytes in random places; a decoder may not notice, but nothing else than an OSError may come of it."""
+    dice, file = random.Random(0), io.BytesIO()
+    Image.fromarray(pictures(1, 24, 24)[0].permute(1, 2, 0).numpy()).save(file, suffix)
+    whole, noticed = file.getvalue(), 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(dice.randint(1, 4)):
+            damaged[dice.randrange(min(len(damaged), dice.choice([40, 200, 10000])))] = dice.randrange(256)
+        (tmp_path / "a.jpg").write_bytes(damaged[: dice.choice([len(damaged), dice.randrange(len(damaged))])])
+        try:
+            assert common.read_image(tmp_path / "a.jpg").mode == "RGB"
+        except OSError:
+            noticed += 1
+    assert noticed > 40
 
 
 def test_shapes_are_ten_classes_with_masks_of_their_objects():
@@ -1770,22 +1876,32 @@ def same_weights(a, b, files=("mae.pt", "head.pt", "encoder.pt")):
         assert not different, f"{file}: {different}"
 
 
-def kill_at(owner, name, call, suffix, *argv):
-    """Runs mae_ct.py in a process that ends as by `kill -9` at a function's call of this number, counting those whose
-    last argument ends in `suffix`."""
-    code = f"""if True:
-        import os, sys, common, mae_ct
+KILL = "os.kill(os.getpid(), 9)"
+
+
+def program_with(fault, owner, name, call, suffix=""):
+    """Source of a mae_ct.py in which `fault` comes before a function's call of this number, counting those whose last
+    argument ends in `suffix`; under torchrun on rank 1 alone."""
+    return f"""if True:
+        import os, resource, sys, common, mae_ct
         real, calls = {owner}.{name}, []
-        def dying(*args):
+        def faulty(*args):
             calls.extend([0] * str(args[-1]).endswith({suffix!r}))
-            if len(calls) == {call}:
-                os.kill(os.getpid(), 9)
+            if len(calls) == {call} and os.environ.get("RANK", "1") == "1":
+                {fault}
             return real(*args)
-        {owner}.{name} = dying
-        mae_ct.main(sys.argv[1:])"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, argv)], env=quiet_environment(), capture_output=True, text=True
-    )
+        {owner}.{name} = faulty
+        common.launch(mae_ct.main)"""
+
+
+def run_with(fault, owner, name, call, suffix, *argv):
+    command = [sys.executable, "-c", program_with(fault, owner, name, call, suffix), *map(str, argv)]
+    return subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
+
+
+def kill_at(owner, name, call, suffix, *argv):
+    """Runs mae_ct.py in a process that ends as by `kill -9` at that call."""
+    done = run_with(KILL, owner, name, call, suffix, *argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -1803,12 +1919,143 @@ def test_a_run_killed_twice_and_resumed_ends_with_the_same_bits(folders, unbroke
     kill_at(
         "os", "replace", 4, "last.pt", "--out", out, "--resume"
     )  # half-way through writing a checkpoint of stage ct
-    assert torch.load(out / "last.pt")["stage"] == "head"
+    assert torch.load(out / "previous.pt")["stage"] == "head" and not (out / "last.pt").exists()
     assert "resuming head" in main("--out", out, "--resume")
     same_weights(out, unbroken)
     assert [(e["stage"], e["step"]) for e in log_of(out)] == LOG
     assert [e["epoch"] for e in log_of(out)] == [step // 2 for _, step in LOG]
     assert [e["loss"] for e in log_of(out)] == [e["loss"] for e in log_of(unbroken)]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=slow) for i in range(1, 5))])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(folders, unbroken, tmp_path, seed):
+    """Twice: within the saving of a checkpoint, and at a random time."""
+    dice, out = random.Random(seed), tmp_path / "run"
+    owner, name = dice.choice([("torch", "save"), ("os", "fsync"), ("os", "replace")])  # the file is empty, whole, in place
+    kill_at(owner, name, dice.randint(3, 12), "", *TINY, "--data", folders / "flat", "--save_every", 1, "--out", out)
+    command = [sys.executable, HERE / "mae_ct.py", "--out", out, "--resume"]
+    program = subprocess.Popen([str(c) for c in command], env=quiet_environment(), stdout=subprocess.DEVNULL)
+    lines = dice.randint(len(log_of(out)) + 1, 13)
+    while program.poll() is None and (out / "log.jsonl").read_bytes().count(b"\n") < lines:
+        time.sleep(0.001)
+    time.sleep(dice.random() / 30)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
+    main("--out", out, "--resume")
+    same_weights(out, unbroken)
+    assert [e["loss"] for e in log_of(out)] == [e["loss"] for e in log_of(unbroken)]
+
+
+def torchrun(*argv):
+    """A program on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
+    return subprocess.run([str(c) for c in command], env=quiet_environment(), capture_output=True, text=True)
+
+
+def same_up_to_rounding(a, b):
+    """Whether two run folders of float32 runs hold the same losses and weights, those apart that are next to 0."""
+    losses = [[(e["stage"], e["step"], e["loss"]) for e in log_of(folder)] for folder in (a, b)]
+    assert [x[:2] for x in losses[0]] == [x[:2] for x in losses[1]]
+    assert [x[2] for x in losses[0]] == pytest.approx([x[2] for x in losses[1]], rel=1e-2)
+    x, y = (torch.load(folder / "mae.pt")["model"] for folder in (a, b))
+    assert all(error(x[k], y[k]) < 1e-2 for k in y if y[k].abs().max() > 1e-3)
+
+
+def test_a_killed_rank_ends_the_job_and_any_number_of_ranks_goes_on(folders, unbroken, tmp_path):
+    two, flags = tmp_path / "two", [*TINY, "--data", folders / "flat", "--save_every", 4]
+    (tmp_path / "dying.py").write_text(program_with(KILL, "common.Run", "_log", 9))
+    done = torchrun(tmp_path / "dying.py", *flags, "--out", two)
+    assert done.returncode and re.search("exitcode *: -9", done.stderr), done.stderr
+    assert time.time() - (two / "log.jsonl").stat().st_mtime < 60
+    assert len(log_of(two)) in (8, 9) and torch.load(two / "last.pt")["step"] == 6  # rank 0 may have been a line ahead
+    shutil.copytree(two, tmp_path / "then_one")
+    done = torchrun(HERE / "mae_ct.py", "--out", two, "--resume")
+    assert done.returncode == 0, done.stderr
+    main("--out", tmp_path / "then_one", "--resume")
+    for folder in (two, tmp_path / "then_one"):
+        same_up_to_rounding(folder, unbroken)
+
+
+@slow
+def test_a_run_of_one_process_goes_on_with_two(folders, unbroken, tmp_path):
+    break_at(9, *TINY, "--data", folders / "flat", "--out", tmp_path / "run")
+    done = torchrun(HERE / "mae_ct.py", "--out", tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    same_up_to_rounding(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(
+    "file, call, bytes",
+    [
+        ("last.pt", ("common.Run", "_log", 9), 20000),  # half-way through the second stage
+        ("results.json", ("common.Run", "report", 2), 100),
+        pytest.param("log.jsonl", ("common.Run", "_log", 5), 500, marks=slow),
+        pytest.param("mae.pt", ("mae_ct", "save_encoder", 1), 20000, marks=slow),
+        pytest.param("retrieval.png", ("mae_ct", "picture_retrieval", 1), 100, marks=slow),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_whole_files(folders, tmp_path, file, call, bytes):
+    """Files may not grow beyond so many bytes from that call on."""
+    out, flags = tmp_path / "run", [*TINY, "--data", folders / "labelled"]
+    fault = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))"
+    done = run_with(fault, *call, "", *flags, "--save_every", 4, "--out", out)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{out / file} cannot be written (File too large)" in done.stderr and f"--out {out} --resume" in done.stderr
+    assert not list(out.glob("*.part"))
+    if file != "log.jsonl":  # which fails before the first checkpoint
+        torch.load(out / "last.pt")
+    main("--out", out, "--resume")
+    whole = whole_run(folders)
+    same_weights(out, whole)
+    assert [e["loss"] for e in log_of(out)] == [e["loss"] for e in log_of(whole)]
+    assert (out / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+class Mischief:
+    """Unpickled, it makes the folder `ran`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage, fault",
+    [
+        (cut_off, "last.pt is not a readable torch file"),
+        (lambda path: path.write_bytes(b""), "last.pt is not a readable torch file"),
+        (lambda path: torch.save([1], path), "last.pt is no checkpoint of a run"),
+        (lambda path: torch.save(dict(state=Mischief()), path), "last.pt holds more than tensors"),
+    ],
+    ids=["cut off", "empty", "another file", "code"],
+)
+def test_of_a_damaged_checkpoint_the_one_before_it_is_offered(folders, unbroken, tmp_path, monkeypatch, damage, fault):
+    monkeypatch.chdir(tmp_path)
+    out = Path("a run")  # a name to be quoted
+    break_at(11, *TINY, "--data", folders / "flat", "--save_every", 4, "--out", out)
+    assert [torch.load(out / f)["step"] for f in ("previous.pt", "last.pt")] == [6, 4]  # of stages mae and head
+    damage(out / "last.pt")
+    with pytest.raises(InputError, match=fault) as refused:
+        main("--out", out, "--resume")
+    assert "\n" not in str(refused.value) and not Path("ran").exists()
+    subprocess.run(re.search("`(mv .*)`", str(refused.value))[1], shell=True, check=True)
+    assert "resuming mae" in main("--out", out, "--resume")
+    same_weights(out, unbroken)
+    assert [e["loss"] for e in log_of(out)] == [e["loss"] for e in log_of(unbroken)]
+
+
+def test_of_the_only_checkpoint_when_damaged_a_new_beginning_is_offered(folders, unbroken, tmp_path):
+    break_at(5, *TINY, "--data", folders / "flat", "--save_every", 4, "--out", tmp_path)
+    cut_off(tmp_path / "last.pt")
+    with pytest.raises(InputError, match="begin anew after `rm .*last.pt`, with --resume"):
+        main("--out", tmp_path, "--resume")
+    (tmp_path / "last.pt").unlink()
+    main("--out", tmp_path, "--resume")
+    same_weights(tmp_path, unbroken)
+    assert [e["loss"] for e in log_of(tmp_path)] == [e["loss"] for e in log_of(unbroken)]
 
 
 class Killed(Exception):
@@ -1829,13 +2076,18 @@ def break_at(step, *argv, program=mae_ct):
         main(*argv, program=program)
 
 
+def whole_run(folders, stages="mae,head,ct"):
+    """The folder of a run with labels."""
+    if not (folders / stages).exists():
+        main(*TINY, "--data", folders / "labelled", "--stages", stages, "--out", folders / stages)
+    return folders / stages
+
+
 @pytest.mark.parametrize("stages", ["mae,head,ct", "combined,head,ct"])
 @pytest.mark.parametrize("step", [6, 9, 12, 17])  # a stage's first step, the middle, the run's last step
 def test_a_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tmp_path, stages, step):
-    flags, whole = [*TINY, "--data", folders / "labelled", "--stages", stages], folders / stages
-    if not whole.exists():
-        main(*flags, "--out", whole)
-    break_at(step, *flags, "--out", tmp_path / "run")
+    whole = whole_run(folders, stages)
+    break_at(step, *TINY, "--data", folders / "labelled", "--stages", stages, "--out", tmp_path / "run")
     main("--out", tmp_path / "run", "--resume")
     same_weights(tmp_path / "run", whole)
     assert (tmp_path / "run" / "results.json").read_text() == (whole / "results.json").read_text()
@@ -1847,7 +2099,7 @@ def test_resuming_a_finished_run_changes_nothing(folders, unbroken):
     assert [(e["stage"], e["step"]) for e in log_of(unbroken)] == LOG
     after = {f.name: f.read_bytes() for f in unbroken.iterdir()}
     assert before.keys() == after.keys() and before["log.jsonl"] == after["log.jsonl"]
-    for name in before.keys() - {"last.pt"}:
+    for name in before.keys() - {"last.pt", "previous.pt"}:
         assert before[name] == after[name], name
 
 
@@ -1876,6 +2128,22 @@ def test_sigterm_saves_says_how_to_resume_and_exits_with_0(folders, tmp_path, wh
     assert torch.load(out / "last.pt")["step"] == len(log_of(out)) > 3
 
 
+@pytest.mark.parametrize("program", ["mae_ct", "mim_refiner", "can", "cmae", "vicmae"])
+def test_sigterm_stops_every_program_at_a_checkpoint(folders, tmp_path, program):
+    program, flags = {"mae_ct": (mae_ct, TINY), "mim_refiner": (mim_refiner, REFINER), "can": (can, CAN),
+                      "cmae": (cmae, CMAE_TINY), "vicmae": (vicmae, VICMAE)}[program]  # fmt: skip
+    real = common.Run.optimize
+
+    def optimize(self, *args, **kwargs):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with mock.patch.object(common.Run, "optimize", optimize), pytest.raises(SystemExit) as end:
+        main(*flags, "--data", folders / "flat", "--out", tmp_path / "run", program=program)
+    assert end.value.code == 0 and torch.load(tmp_path / "run" / "last.pt")["step"] == len(log_of(tmp_path / "run")) == 3
+
+
 def runaway(tmp_path, bad):
     """Trains a tiny module for as many steps as `bad` has, with a loss of nan where it is true; yields its weight."""
     module, images = nn.Linear(4, 1), Images(torch.zeros(8).long(), [], pixels=pictures(8, 8, 8))
@@ -1899,7 +2167,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys):
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     bad, steps = [True] * 9 + [False] + [True] * 9 + [False] + [True] * 20, 0
-    with pytest.raises(InputError, match="10 steps in a row were not finite.*last.pt"):
+    with pytest.raises(InputError, match="10 steps in a row were not finite: .* lower learning rate"):
         for _ in runaway(tmp_path, bad):
             steps += 1
     assert steps == 9 + 1 + 9 + 1 + 9
@@ -2344,7 +2612,8 @@ def test_a_whole_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_pa
     out, data = tmp_path / "run", folders / "labelled"
     printed = main(*TINY, "--data", data, "--out", out)
     names = (
-        "config.json log.jsonl last.pt mae.pt head.pt encoder.pt results.json reconstruction.png retrieval.png".split()
+        "config.json log.jsonl last.pt previous.pt mae.pt head.pt encoder.pt results.json reconstruction.png".split()
+        + ["retrieval.png"]
     )
     assert {f.name for f in out.iterdir()} == set(names)
     results = json.loads((out / "results.json").read_text())
@@ -2387,23 +2656,9 @@ def written_probe(out):
 def test_torchrun_of_the_program_is_the_program(folders, tmp_path):
     flags = [*TINY, "--data", folders / "labelled"]
     main(*flags, "--out", tmp_path / "one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        HERE / "mae_ct.py",
-    ]
-    done = subprocess.run([str(c) for c in [*command, *flags, "--out", tmp_path / "two"]], env=quiet_environment(),
-                          capture_output=True, text=True)  # fmt: skip
+    done = torchrun(HERE / "mae_ct.py", *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / n / "mae.pt")["model"] for n in ("one", "two"))
-    assert all(error(two[k], one[k]) < 1e-2 for k in one if one[k].abs().max() > 1e-3)
-    assert [(e["stage"], e["step"]) for e in log_of(tmp_path / "two")] == LOG
-    losses = [[e["loss"] for e in log_of(tmp_path / n)] for n in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    same_up_to_rounding(tmp_path / "two", tmp_path / "one")
 
 
 @slow
@@ -2656,14 +2911,14 @@ def test_refinement_is_a_plain_loop_over_heads(tmp_path, mim):
 
 REFINER = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --mae_batch 8 --batch 8
     --heads 2 --queue 32 --projector_hidden 16 --predictor_hidden 16 --head_dim 8 --k 4 --ema 0.9 --mae_epochs 3
-    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --local_views 2 --local_size 8 --knn_every 1 --precision float32
+    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --warmup_epochs 1 --local_views 2 --local_size 8 --knn_every 1 --precision float32
     --workers 0""".split()
 
 
 def test_a_refinement_leaves_its_files_and_resumes_to_the_same(folders, tmp_path):
     flags = [*REFINER, "--data", folders / "labelled"]
     main(*flags, "--out", tmp_path / "whole", program=mim_refiner)
-    names = "config.json log.jsonl last.pt mae.pt encoder.pt results.json knn_per_block.png".split()
+    names = "config.json log.jsonl last.pt previous.pt mae.pt encoder.pt results.json knn_per_block.png".split()
     assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert list(results) == ["mae", "mim_refiner"]
@@ -2838,8 +3093,8 @@ def clips(tmp_path_factory):
 def test_vicmae_leaves_its_files_and_resumes_to_the_same(folders, clips, tmp_path):
     flags = [*VICMAE, "--data", clips, "--images", folders / "labelled"]
     main(*flags, "--out", tmp_path / "whole", program=vicmae)
-    names = "config.json log.jsonl last.pt mae.pt vicmae.pt encoder.pt results.json mae.png vicmae.png".split()
-    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
+    names = "config.json log.jsonl last.pt previous.pt mae.pt vicmae.pt encoder.pt results.json mae.png vicmae.png"
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names.split())
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert list(results) == ["mae", "vicmae"]
     for row in results.values():
@@ -3171,7 +3426,7 @@ CMAE_TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_dept
 def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_path):
     out, data = tmp_path / "run", folders / "labelled"
     printed = main(*CMAE_TINY, "--methods", "mae,cmae", "--stem", "conv", "--data", data, "--out", out, program=cmae)
-    files = "config.json log.jsonl last.pt mae.pt encoder.pt results.json views.png"
+    files = "config.json log.jsonl last.pt previous.pt mae.pt encoder.pt results.json views.png"
     assert {f.name for f in out.iterdir()} == set(files.split())
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["mae", "cmae"] and results["mae"].keys() >= {"knn", "probe", "finetune"}
@@ -3475,8 +3730,8 @@ CAN = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --
 def test_can_leaves_its_files_and_resumes_to_the_same(folders, tmp_path):
     flags = [*CAN, "--data", folders / "labelled", "--methods", "can,simclr,mae", "--save_every", 1]
     printed = main(*flags, "--out", tmp_path / "whole", program=can)
-    names = "config.json log.jsonl last.pt can.pt simclr.pt mae.pt encoder.pt results.json can.png mae.png".split()
-    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names)
+    names = "config.json log.jsonl last.pt previous.pt can.pt simclr.pt mae.pt encoder.pt results.json can.png mae.png"
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == set(names.split())
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert list(results) == ["can", "simclr", "mae"] and "simclr" in printed
     assert all(row.keys() >= {"knn", "probe", "madds/M"} for row in results.values())
@@ -4254,13 +4509,53 @@ BAD = [
     ([*FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
     ([*FLAT, "--head", "no_such.pt"], "no_such.pt: no such file"),
     ([*FLAT, "--head", "wide.pt"], "wide.pt does not fit this model"),
+    ([*FLAT, "--head", "numbers.pt"], "numbers.pt does not fit this model"),
     ([*FLAT, "--decoder_heads", "3"], "width 16 is not divisible by 3 heads"),
-    ([*FLAT, "--mae_batch", "0"], "batch 0"),
-    ([*FLAT, "--micro_batch", "-2"], "micro_batch -2"),
-    ([*FLAT, "--k", "0"], "--k 0"),
-    ([*FLAT, "--mask_ratio", "1.5"], "--mask_ratio 1.5"),
-    ([*FLAT, "--mask_ratio", "0"], "--mask_ratio 0"),
-    ([*FLAT, "--temperature", "0"], "--temperature 0"),
+    ([*FLAT, "--decoder_heads", "0"], "--decoder_heads 0: choose a number above 0"),
+    ([*FLAT, "--mae_batch", "0"], "--mae_batch 0: choose a number above 0"),
+    ([*FLAT, "--micro_batch", "-2"], "--micro_batch -2: choose a number from 0"),
+    ([*FLAT, "--k", "0"], "--k 0: choose a number above 0"),
+    ([*FLAT, "--mask_ratio", "1.5"], "--mask_ratio 1.5: choose a number from 0, below 1"),
+    ([*FLAT, "--mask_ratio", "-0.1"], "--mask_ratio -0.1: choose"),
+    ([*FLAT, "--mask_ratio", "0"], "--mask_ratio 0 leaves nothing to reconstruct"),
+    ([*FLAT, "--mask_ratio", "0.9"], "masking 0.9 of 4 patches keeps none"),
+    ([*FLAT, "--ct_mask_ratio", "0.99"], "masking 0.99 of 4 patches keeps none"),
+    ([*FLAT, "--temperature", "0"], "--temperature 0: choose a number above 0"),
+    ([*FLAT, "--head_temperature", "inf"], "--head_temperature inf: choose a number above 0"),
+    ([*FLAT, "--lr", "nan"], "--lr nan: choose a number above 0"),
+    ([*FLAT, "--mae_lr=-1e-3"], "--mae_lr -0.001: choose"),
+    ([*FLAT, "--weight_decay", "-1"], "--weight_decay -1: choose a number from 0"),
+    ([*FLAT, "--layer_decay", "0"], "--layer_decay 0: choose a number above 0, up to 1"),
+    ([*FLAT, "--scale_min", "1.1"], "--scale_min 1.1: choose a number above 0, up to 1"),
+    ([*FLAT, "--projector_ema", "2"], "--projector_ema 2: choose a number from 0 to 1"),
+    ([*FLAT, "--warmup", "1.5"], "--warmup 1.5: choose a number from 0 to 1"),
+    ([*FLAT, "--mae_warmup_epochs", "4"], "--mae_warmup_epochs 4 outlasts --mae_epochs 3"),
+    ([*FLAT, "--epochs", "0"], "--epochs 0: choose a number above 0"),
+    ([*FLAT, "--head_epochs", "-1"], "--head_epochs -1: choose"),
+    ([*FLAT, "--epochs", "0.1"], "0.1 epochs of 2 steps are not one step"),
+    ([*FLAT, "--queue", "0"], "--queue 0: choose a number above 0"),
+    ([*FLAT, "--frozen", "-1"], "--frozen -1: choose a number from 0"),
+    ([*FLAT, "--image_size", "0"], "--image_size 0: choose"),
+    ([*FLAT, "--model", "vit_nano32"], "image size 16 is not divisible by the patch size 32"),
+    ([*FLAT, "--model", "vit_nano0"], "unknown model 'vit_nano0'"),
+    ([*FLAT, "--workers", "-5"], "--workers -5: choose a number from -1"),
+    ([*FLAT, "--save_every", "-1"], "--save_every -1: choose"),
+    ([*FLAT, "--clip_grad", "-1"], "--clip_grad -1: choose"),
+    ([*FLAT, "--seed", "-1"], "--seed -1: choose"),
+    ([*FLAT, "--seed", "1" + "0" * 400], "choose a number from 0, below 2^63"),
+    ([*FLAT, "--init", "empty"], "empty: no such file"),
+    ([*FLAT, "--out", "a_file/run"], "run folder a_file/run cannot be made (Not a directory)"),
+    ([*TINY, "--data", ""], "--data : no such folder"),
+    ([*TINY, "--data", "a_file"], "--data a_file: no such folder"),
+    (["--resume", "--out", "no/such"], "--resume needs --out"),
+    (["--resume", "--out", "a_run"], "a_run/config.json does not fit this program (aug, "),
+    (["--resume", "--out", "of_can"], "of_can/config.json does not fit this program"),
+    (["--resume", "--out", "newer"], "newer/config.json does not fit this program (shape): resume with the program and"),
+    (["--resume", "--out", "no_json"], "no_json/config.json is not readable"),
+    (["--resume", "--out", "no_object"], "no_object/config.json holds no JSON object"),
+    (["--resume", "--out", "wrong_type"], "wrong_type/config.json does not fit this program (batch)"),
+    (["--resume", "--out", "wrong_value"], "--batch -8: choose a number above 0"),
+    (["--resume", "--out", "damaged_results"], "damaged_results/results.json is not readable"),
 ]
 BAD_REFINER = [
     (["--mim", "dino"], "--mim dino: choose"),
@@ -4268,8 +4563,11 @@ BAD_REFINER = [
     (["--schedule", "linear"], "--schedule linear: choose from constant"),
     (["--temperature", "0"], "--temperature 0: choose"),
     (["--local_scale_min", "0.3"], "rising fractions of the area"),
-    (["--local_views", "-1"], "--local_views counts from 0"),
-    (["--heads", "0"], "--heads from 1"),
+    (["--local_views", "-1"], "--local_views -1: choose a number from 0"),
+    (["--knn_every", "0"], "--knn_every 0: choose a number above 0"),
+    (["--heads", "0"], "--heads 0: choose a number above 0"),
+    (["--warmup_epochs", "4"], "--warmup_epochs 4 outlasts --epochs 3"),
+    (["--model", "vit_nano16", "--local_views", "0"], "masking 0.75 of 1 patches keeps none"),
     (["--heads", "7"], "heads behind blocks [0, 1, 2, 3, 4, 5, 6]: expected rising numbers from 1"),
     (["--head_blocks", "4,2"], "heads behind blocks [4, 2]: expected rising numbers"),
     (["--head_blocks", "2-4"], "heads behind blocks [2, 3, 4]: expected rising numbers from 1 to the last block, 6"),
@@ -4278,7 +4576,7 @@ BAD_REFINER = [
     (["--lr", "0"], "--lr 0: choose a number above 0"),
     (["--head_epochs", "0"], "--head_epochs 0: choose a number above 0"),
     (["--ema", "2"], "--ema 2: choose"),
-    (["--local_size", "0"], "--local_size, --knn_every and --heads from 1"),
+    (["--local_size", "0"], "--local_size 0: choose a number above 0"),
     (["--init", "post.pt"], "post.pt: its blocks are post-norm"),
     (["--local_size", "12"], "--local_size 12 is not divisible by the patch size 8"),
     (["--k", "33"], "--k 33"),
@@ -4291,8 +4589,13 @@ BAD_VICMAE = [
     (["--pooling", "sum"], "--pooling sum: choose mean"),
     (["--gap", "-2"], "--gap -2: choose"),
     (["--temperature", "0"], "--temperature 0: choose"),
-    (["--crop_min", "0"], "--crop_min 0: fractions"),
-    (["--mask_ratio", "0.9"], "--mask_ratio 0.9 keeps none of 4 patches"),
+    (["--crop_min", "0"], "--crop_min 0: choose a number above 0, up to 1"),
+    (["--mask_ratio", "0.9"], "masking 0.9 of 4 patches keeps none"),
+    (["--mask_ratio", "0"], "--mask_ratio 0 leaves nothing"),
+    (["--contrast_weight", "nan"], "--contrast_weight nan: choose"),
+    (["--contrast_from", "-1"], "--contrast_from -1: choose"),
+    (["--epochs", "0"], "--epochs 0: choose"),
+    (["--data", ""], "--data : no such folder"),
     (["--contrast_from", "3"], "--contrast_from 3 leaves no epoch of 3"),
     (["--data", "no/such"], "--data no/such: no such folder"),
     (["--data", "empty"], "--data empty: no folders of frames"),
@@ -4313,11 +4616,16 @@ BAD_CMAE = [
     ([*CMAE_FLAT, "--ema", "1.1"], "--ema 1.1"),
     ([*CMAE_FLAT, "--mask_ratio", "1"], "--mask_ratio 1"),
     ([*CMAE_FLAT, "--target_mask_ratio", "-0.1"], "--target_mask_ratio -0.1"),
-    ([*CMAE_FLAT, "--mask_ratio", "0.9"], "masking 0.9 of 4 patches leaves none"),
+    ([*CMAE_FLAT, "--mask_ratio", "0.9"], "masking 0.9 of 4 patches keeps none"),
+    ([*CMAE_FLAT, "--mask_ratio", "0"], "--mask_ratio 0 leaves nothing"),
     ([*CMAE_FLAT, "--mask_block", "3"], "--mask_block 3"),
+    ([*CMAE_FLAT, "--mask_block", "0"], "--mask_block 0: choose"),
+    ([*CMAE_FLAT, "--head_hidden", "0"], "--head_hidden 0: choose"),
+    ([*CMAE_FLAT, "--finetune_lr", "nan"], "--finetune_lr nan: choose"),
+    ([*CMAE_FLAT, "--warmup_epochs", "5"], "--warmup_epochs 5 outlasts --epochs 3"),
     ([*CMAE_FLAT, "--shift", "-1"], "--shift -1"),
     ([*CMAE_FLAT, "--feature_depth", "-1"], "--feature_depth -1"),
-    ([*CMAE_FLAT, "--feature_depth", "2", "--share_decoder"], "--feature_depth 2: choose 0 or more"),
+    ([*CMAE_FLAT, "--feature_depth", "2", "--share_decoder"], "--feature_depth 2: with --share_decoder choose 1 to 1"),
     ([*CMAE_FLAT, "--batch", "17"], "batch 17 is larger than the training set (16 images"),
     ([*CMAE_FLAT, "--init", "wide.pt"], "wide.pt does not fit this model"),
     ([*CMAE_TINY, "--data", "labelled", "--finetune_batch", "64"], "--finetune_batch 64"),
@@ -4330,10 +4638,14 @@ BAD_CAN = [
     ([*CAN_FLAT, "--methods", "can,mae", "--mask_ratio", "0.6"], "--mask_ratio belongs to one method"),
     ([*CAN_FLAT, "--lambda_infonce", "1.5"], "--lambda_infonce 1.5: choose a number from 0 to 1"),
     ([*CAN_FLAT, "--lam", "-1"], "--lam -1: choose a number from 0 to 1"),
-    ([*CAN_FLAT, "--mask_ratio", "1"], "--mask_ratio 1 keeps none of 4"),
-    ([*CAN_FLAT, "--mask_ratio", "0.9"], "--mask_ratio 0.9 keeps none of 4 patches"),
+    ([*CAN_FLAT, "--mask_ratio", "1"], "--mask_ratio 1: choose a number from 0, below 1"),
+    ([*CAN_FLAT, "--mask_ratio", "0.9"], "masking 0.9 of 4 patches keeps none"),
+    ([*CAN_FLAT, "--strength", "nan"], "--strength nan: choose"),
+    ([*CAN_FLAT, "--epoch_images", "-1"], "--epoch_images -1: choose"),
+    ([*CAN_FLAT, "--projector_dim", "-8"], "--projector_dim -8: choose"),
+    ([*CAN_FLAT, "--lr", "0"], "--lr 0: choose"),
     ([*CAN_FLAT, "--temperature", "0"], "--temperature 0"),
-    ([*CAN_FLAT, "--sigma_max", "-0.1"], "--sigma_max -0.1: above 0"),
+    ([*CAN_FLAT, "--sigma_max", "-0.1"], "--sigma_max -0.1: choose a number from 0"),
     ([*CAN_FLAT, "--views", "1"], "--views 1: choose 2"),
     ([*CAN_FLAT, "--lambda_infonce", "0", "--lam", "0", "--sigma_max", "0"], "no loss is left"),
     ([*CAN_FLAT, "--epoch_images", "4"], "--epoch_images 4 is less than the batch of 8"),
@@ -4342,7 +4654,7 @@ BAD_CAN = [
 ]
 BAD_EVAL = [
     (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--blocks", "7", "--workers", "0"], "--blocks 7"),
-    (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
+    (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "--batch 0: choose"),
     (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
     (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
     (["knn", "--encoder", "wide.pt", "--data", "flat"], "--data flat: labels are needed, but there is no train/"),
@@ -4357,6 +4669,16 @@ BAD_EVAL = [
         "30 is not divisible by the patch size 8",
     ),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--precision", "fp16"], "--precision fp16"),
+    *(
+        ([protocol, "--encoder", "wide.pt", "--data", "labelled", f"--{name}", value], f"--{name} {value}: choose")
+        for protocol, name, value in (
+            ("knn", "k", "0"), ("knn", "workers", "-5"), ("knn", "image_size", "0"), ("probe", "epochs", "0"),
+            ("probe", "batch", "-1"), ("cluster", "runs", "0"), ("finetune", "lr", "nan"), ("finetune", "blocks", "-1"),
+        )
+    ),  # fmt: skip
+    (["knn", "--encoder", "empty", "--data", "labelled"], "empty: no such file"),
+    (["knn", "--encoder", "code.pt", "--data", "labelled"], "code.pt holds more than tensors"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--votes", "none"], "--votes: invalid choice"),
     (["knn", "--data", "labelled"], "--encoder"),
     (["sing", "--encoder", "wide.pt"], "'sing'"),
 ]
@@ -4364,6 +4686,9 @@ BAD_EVAL = [
 
 PROGRAMS = [(mae_ct, BAD), (can, BAD_CAN), (cmae, BAD_CMAE), (protocols, BAD_EVAL)]
 PROGRAMS += [(mim_refiner, [([*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER])]
+PROGRAMS += [(p, [([*flags, "--data", "flat", "--init", "code.pt"], "code.pt holds more than tensors")])
+             for p, flags in ((mae_ct, TINY), (can, CAN), (cmae, CMAE_TINY), (mim_refiner, REFINER), (vicmae, VICMAE))]  # fmt: skip
+PROGRAMS += [(mae_ct, [([*FLAT, "--head", file], f"{file} holds more than tensors") for file in ("code.pt", "code.pkl")])]
 PROGRAMS += [(vicmae, [([*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE])]
 
 
@@ -4373,6 +4698,23 @@ def bad_files(folders, monkeypatch):
     if not Path("a_run").exists():
         Path("a_run").mkdir()
         Path("a_run/config.json").write_text("{}")
+        config = dataclasses.asdict(mae_ct.Settings())
+        flat = common.parse_settings(mae_ct.Settings, mae_ct.presets, [*TINY, "--data", str(folders / "flat")], "x")
+        for name, content in {
+            "of_can": json.dumps(dataclasses.asdict(can.Settings())),
+            "newer": json.dumps(config | dict(shape=1)),
+            "no_json": json.dumps(config)[:100],
+            "no_object": "[1]",
+            "wrong_type": json.dumps(config | dict(batch="8")),
+            "wrong_value": json.dumps(config | dict(batch=-8)),
+            "damaged_results": json.dumps(dataclasses.asdict(flat)),
+        }.items():
+            Path(name).mkdir()
+            Path(name, "config.json").write_text(content)
+        Path("damaged_results/results.json").write_text('{"mae')
+        torch.save(dict(model=Mischief()), "code.pt")
+        Path("code.pkl").write_bytes(pickle.dumps(Mischief(), 4))
+        torch.save(dict(weight=1), "numbers.pt")
         Path("a_file").write_text("hello")
         common.save_encoder("wide.pt", nano(depth=6, dim=192, heads=6))
         common.save_encoder("post.pt", nano(depth=6, post_norm=True))
@@ -4384,9 +4726,18 @@ def bad_files(folders, monkeypatch):
 @pytest.mark.parametrize("program, argv, fault", [(p, *c) for p, bad in PROGRAMS for c in bad])
 def test_bad_input_is_named_before_anything_is_written(bad_files, program, argv, fault):
     before = sorted(Path().rglob("*"))
-    with pytest.raises(InputError, match=re.escape(fault)), contextlib.redirect_stdout(io.StringIO()):
+    with pytest.raises(InputError, match=re.escape(fault)) as refused, contextlib.redirect_stdout(io.StringIO()):
         program.main(argv)
-    assert sorted(Path().rglob("*")) == before
+    assert len(str(refused.value).splitlines()) == 1 or "strip it once" in str(refused.value)
+    assert sorted(Path().rglob("*")) == before  # what would run as code makes a folder
+
+
+def test_a_classifier_runs_no_code(bad_files):
+    with pytest.raises(InputError, match="code.pt holds more than tensors"):
+        protocols.load_classifier("code.pt", nano())
+    assert not Path("ran").exists()
+    torch.load("code.pt", weights_only=False)  # it would
+    Path("ran").rmdir()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(folders, tmp_path):
@@ -4401,14 +4752,19 @@ def test_a_checkpoint_of_another_shape_is_refused(folders, tmp_path):
 def test_a_batch_must_fit_the_processes(monkeypatch):
     monkeypatch.setattr(common, "world", lambda: 3)
     with pytest.raises(InputError, match="batch 8 is not divisible by 3 processes"):
-        common.check_batch(common.RunSettings(), tiny_images(), 8)
+        common.check_batch(common.RunSettings(), tiny_images(), 8, 1)
 
 
-def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
-    command = [sys.executable, HERE / "mae_ct.py", *TINY, "--data", "no/such"]
+@pytest.mark.parametrize("program, flags, fault", [
+    ("mae_ct.py", [*TINY, "--data", "no/such"], "--data no/such"),
+    ("eval.py", ["knn", "--encoder", "no_such.pt"], "no_such.pt: no such file"),
+    *(pytest.param(f"{p}.py", ["--lr", "nan"], "--lr nan: choose", marks=slow) for p in "mim_refiner can cmae vicmae".split()),
+])  # fmt: skip
+def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path, program, flags, fault):
+    command = [sys.executable, HERE / program, *flags]
     done = subprocess.run(command, env=quiet_environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("mae_ct.py: --data no/such")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{program}: {fault}")
     assert not list(tmp_path.iterdir())
 
 

@@ -29,9 +29,9 @@ from torch import nn
 
 from common import (
     BatchNorm, Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
-    check_batch, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize, nt_xent,
-    parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start, to_bytes,
-    uniform, warmup_cosine, world,
+    check_batch, check_masking, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize,
+    nt_xent, parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start,
+    to_bytes, uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
@@ -276,21 +276,15 @@ def prepare(argv):
         raise InputError(f"--methods {s.methods}: choose some of mae,simsiam,vicreg,vicmae")
     if s.pooling not in ("mean", "max", "gem"):
         raise InputError(f"--pooling {s.pooling}: choose mean, max or gem")
-    if s.gap < -1:
-        raise InputError(f"--gap {s.gap}: choose a number of frames, 0 for the same frame twice, or -1 for distant sampling")
-    if not 0 < s.temperature < math.inf:
-        raise InputError(f"--temperature {s.temperature:g}: choose a number above 0")
-    if not 0 < s.mask_ratio < 1 or not 0 < s.crop_min <= 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio:g}, --crop_min {s.crop_min:g}: fractions are expected")
+    if not s.mask_ratio:
+        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
     if s.contrast_from >= s.epochs and methods != ["mae"]:
         raise InputError(f"--contrast_from {s.contrast_from:g} leaves no epoch of {s.epochs:g} to the contrast: choose fewer")
     device = start()
-    patches = math.prod(models(s, methods[0])[0].grid)
-    if int(patches * (1 - s.mask_ratio)) < 1:
-        raise InputError(f"--mask_ratio {s.mask_ratio:g} keeps none of {patches} patches")
+    check_masking(models(s, methods[0])[0].grid, s.mask_ratio)
     train, val = load_splits(s.data, val=not s.cost, load=load_videos)
     train.gap = s.gap
-    check_batch(s, train, s.batch)
+    check_batch(s, train, s.batch, s.epochs)
     images = None
     if s.images and not s.cost:
         images = load_splits(s.images, labels=True)
