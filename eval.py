@@ -24,17 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, CenterCrop, Colour, Images, InputError, MAEDecoder, MEAN, Parser, RunSettings, STD, ViT, View, adamw,
-    adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients, backward, batches,
-    channels, check_batch, check_numbers, decode, draw, draw_curves, draw_matrix, draw_points, gather, launch,
-    load_encoder, load_file, load_splits, load_state, mae_loss, parameter_groups, precision_of, print0, promote,
-    random_masking, rank, save_encoder, save_file, set_lr, shapes, start, take, uniform, warmup_cosine, world,
-    write_atomic,
+    BatchNorm, CenterCrop, Images, InputError, MAEDecoder, MEAN, Parser, RandomCrops, RunSettings, STD, SUFFIXES,
+    View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients,
+    backward, batches, channels, check_batch, check_numbers, decode, draw, draw_curves, draw_matrix, draw_points,
+    gather, launch, load_encoder, load_file, load_images, load_splits, load_state, mae_loss, parameter_groups,
+    precision_of, print0, promote, random_masking, rank, save_encoder, save_file, set_lr, start, to_bytes, uniform,
+    warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -1033,6 +1036,174 @@ def last_and_normed(encoder, x):
 
 # --------------------------------------------------------------------------------------------------------- segmentation
 
+SEGMENT_LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # C.8: a reduced grid; this is the authors' code's
+
+
+@dataclass
+class Annotated(Images):
+    """Images with a label map each, as ADE20K keeps them: class + 1 for every pixel, 0 where it counts nowhere."""
+
+    maps: torch.Tensor | np.ndarray = None  # [N, H, W] uint8, or [N] names of files as bytes
+
+    def open_map(self, i):
+        """Label map i as a PIL image, of the size of image i."""
+        if isinstance(self.maps, torch.Tensor):
+            return Image.fromarray(self.maps[i].numpy())
+        return Image.open(os.fsdecode(self.maps[i]))
+
+
+def load_annotated(data, split, classes=150):
+    """A split of "shapes" (class 0 is the background, class c + 1 the objects of class c) or of a folder of ADE20K's layout:
+    images/training/NAME.jpg with annotations/training/NAME.png, and the same for validation.
+
+    Raises:
+        InputError: a folder is missing or empty, or an image has no label map.
+    """
+    if data == "shapes":
+        images = load_images(data, split)
+        maps = 1 + torch.where(images.masks, 1 + images.labels[:, None, None], 0).byte()
+        return Annotated(images.labels, ["background", *images.classes], pixels=images.pixels, maps=maps)
+    split = {"train": "training", "val": "validation"}[split]
+    folders = [Path(data) / part / split for part in ("images", "annotations")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--data {data}: there is no {folder}; give `shapes` or a folder of ADE20K's layout, "
+                             "images/ and annotations/ with training/ and validation/ in each")  # fmt: skip
+    files, maps = (sorted(f for f in os.listdir(folder) if Path(f).suffix.lower() in SUFFIXES) for folder in folders)
+    if not files:
+        raise InputError(f"--data {data}: no images in {folders[0]}")
+    wanted = [Path(f).stem + ".png" for f in files]
+    missing = sorted(set(wanted) - set(maps))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"--data {data}: no label map {folders[1] / missing[0]}{more}; every image needs one")
+    files, maps = (np.array([os.fsencode(at / f) for f in names]) for at, names in zip(folders, (files, wanted)))
+    return Annotated(torch.full((len(files),), -1), list(range(1, classes + 1)), files=files, maps=maps)
+
+
+@dataclass
+class AnnotatedCrop:
+    """Cuts an image and its label map alike, uint8 [3, size, size] and [size, size]: a random crop and flip as a probe's
+    (C.3); with `seed` None C.7's evaluation crop, the shorter edge to `size` and the central square. Labels are those of
+    the nearest pixels."""
+
+    size: int
+    seed: int = None
+
+    def __call__(self, images, epoch, index):
+        pair = [images.open(index), images.open_map(index)]
+        if pair[0].size != pair[1].size or len(pair[1].getbands()) > 1:
+            raise ValueError(f"label map of {pair[1].size} and {pair[1].mode} for an image of {pair[0].size}")
+        modes = InterpolationMode.BICUBIC, InterpolationMode.NEAREST
+        if self.seed is None:
+            pair = [v2.center_crop(v2.resize(x, [self.size], mode), [self.size] * 2) for x, mode in zip(pair, modes)]
+        else:
+            index = torch.tensor([index])
+            box = RandomCrops([View(self.size, (0.08, 1.0))], self.seed).box(0, epoch, index, pair[0].height, pair[0].width)
+            pair = [v2.resized_crop(x, *box[0].tolist(), [self.size] * 2, mode) for x, mode in zip(pair, modes)]
+            if uniform((self.seed, epoch, "flip", 0), index, 1) < 0.5:
+                pair = [v2.horizontal_flip(x) for x in pair]
+        image, labels = (torch.from_numpy(np.array(x)) for x in pair)
+        if labels.max() > len(images.classes):
+            raise ValueError(f"label {labels.max()}, expected 0 to {len(images.classes)}")
+        return [image.permute(2, 0, 1), labels.byte()]
+
+
+def annotated_batches(images, keys, crop, run):
+    """Yields (standardised images [n, 3, S, S], classes [n, S, S], −1 where a pixel counts nowhere)."""
+    for (x, labels), _ in decode(images, keys, crop, run.device, run.workers, {}):
+        yield augment(x), labels.long() - 1
+
+
+def pixel_logits(logits, grid, size):
+    """Logits of patches [P, n · L, C] of the grid, upsampled (bilinear) to those of pixels [P · n, C, size, size]."""
+    logits = logits.unflatten(1, (-1, *grid)).flatten(0, 1)  # [P · n, h, w, C]
+    return F.interpolate(logits.permute(0, 3, 1, 2), (size, size), mode="bilinear", align_corners=False)
+
+
+def mean_iou(confusion):
+    """Mean intersection over union, in percent, from counts of pixels [..., classes, predicted classes]. A class that is
+    nowhere, neither in truth nor in prediction, is left out of the mean."""
+    hits = confusion.diagonal(dim1=-2, dim2=-1).double()
+    return 100 * (hits / (confusion.sum(-1) + confusion.sum(-2) - hits)).nanmean(-1)
+
+
+def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed=0):
+    """Semantic segmentation by a linear classifier of frozen patch features (MIM-Refiner C.7, ADE20K in Table 4).
+
+    The tokens of a patch after the last, 5th last, 9th last and 13th last block, as far as there are, side by side; a
+    non-affine BatchNorm, a linear layer, its logits upsampled to pixels, cross-entropy. All crops have the encoder's size
+    (224). C.8 and C.3: SGD with momentum 0.9, no weight decay, 50 epochs, random resized crops and flips, a sweep of
+    learning rates (base · batch / 256) of which the best on the validation set is reported. The texts leave open, from the
+    authors' code: tokens before the final norm, batch 16, a tenth of the steps warm-up, then cosine. Bilinear upsampling and the
+    mean over classes that occur are chosen.
+
+    Args:
+        encoder: a frozen ViT; train, val: Annotated; batch: global; lrs: base rates, at batch 256.
+    Returns:
+        {"miou": in percent, of one confusion matrix of all validation pixels, "lr", "miou_by_lr", "blocks"}, and a function
+        of standardised images [n, 3, S, S] that gives the best classifier's classes [n, S, S].
+    """
+    size, classes, n = encoder.config["image_size"], len(train.classes), batch // world()
+    blocks = [b for b in range(encoder.depth, encoder.depth - 13, -4) if b > 0]
+    steps, per_epoch = epochs * (len(train) // batch), len(train) // batch
+    torch.manual_seed(seed)
+    probes = Probes(len(lrs), encoder.dim * len(blocks), classes).to(run.device)
+    peaks = torch.tensor(lrs, device=run.device) * batch / 256
+    optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)  # a probe's rate is a weight of its loss
+
+    def logits(x):
+        with torch.no_grad(), autocast(run):
+            tokens = torch.cat(encoder(x, blocks=blocks), -1)[:, 1:]  # [n, L, blocks · D]
+        return pixel_logits(probes(promote(tokens).flatten(0, 1)), encoder.grid, size).unflatten(0, (len(lrs), -1))
+
+    def keys():
+        for epoch in range(epochs):
+            order = uniform((seed, epoch, "order"), torch.arange(len(train)), 1)[:, 0].argsort(stable=True)
+            for first in range(0, per_epoch * batch, batch):
+                yield [(epoch, i) for i in order[first + rank() * n :][:n].tolist()]
+
+    stream = annotated_batches(train, keys(), AnnotatedCrop(size, seed), run)
+    for step, (x, labels) in enumerate(progress(stream, steps, "steps")):
+        counted = gather((labels >= 0).sum()[None]).sum().clamp(min=1)  # pixels of the global batch
+        losses = [F.cross_entropy(one, labels, ignore_index=-1, reduction="sum") for one in logits(x)]  # [P]
+        (torch.stack(losses) @ peaks * world() / counted).backward()
+        average_gradients(probes.parameters())
+        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, steps // 10)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    probes.eval()
+    confusion = torch.zeros(len(lrs), classes * classes, dtype=torch.long, device=run.device)
+    mine = torch.arange(rank(), len(val), world()).split(16)
+    stream = annotated_batches(val, [[(0, i) for i in part.tolist()] for part in mine], AnnotatedCrop(size), run)
+    with torch.no_grad():
+        for x, labels in progress(stream, len(mine), "batches segmented"):
+            counted = labels >= 0
+            for one, table in zip(logits(x), confusion):
+                table += torch.bincount((labels * classes + one.argmax(1))[counted], minlength=classes * classes)
+    by_lr = mean_iou(gather(confusion[None]).sum(0).unflatten(1, (classes, classes))).tolist()
+    best = max(range(len(lrs)), key=by_lr.__getitem__)
+    result = {"miou": by_lr[best], "lr": lrs[best], "miou_by_lr": dict(zip(lrs, by_lr)), "blocks": blocks}
+    return result, lambda x: logits(x)[best].argmax(1)
+
+
+def run_segment(args, encoder, run):
+    """Subcommand segment; draws the first validation images, their labels and what is predicted, in VOC's colours."""
+    train, val = (load_annotated(args.data, split) for split in ("train", "val"))
+    batch = min(args.batch, len(train))
+    check_batch(RunSettings(data=args.data), train, batch)
+    result, predict = segment(encoder, train, val, run, args.epochs, batch)
+    shown = [[(0, i) for i in range(min(8, len(val)))]]
+    ((x, labels),) = annotated_batches(val, shown, AnnotatedCrop(encoder.config["image_size"]), run)
+    with torch.no_grad():
+        maps = {"labels": labels, "predictions": predict(x)}
+    if rank() == 0:
+        bits = lambda v: sum((v[:, None] + 1 >> 3 * j + torch.arange(3, device=v.device).view(3, 1, 1) & 1) << 7 - j for j in range(8))
+        rows = [("images", to_bytes(x), None), *((name, bits(v).byte().cpu(), None) for name, v in maps.items())]
+        draw(args.encoder.parent / "segment.png", rows, side=96)
+    return result
+
 
 # ---------------------------------------------------------------------------------------------------------------- video
 
@@ -1125,6 +1296,9 @@ def main(argv):
     flag("--batch", type=int, default=1024)
     flag("--lr", type=float, default=0.1, help="at batch 256")
     command(run_stats, run_stats)
+    flag = command(run_segment, segment)
+    flag("--epochs", type=int, default=50)
+    flag("--batch", type=int, default=16)
     args = check_numbers(parser.parse_args(argv))
 
     device = start()
