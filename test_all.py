@@ -1279,6 +1279,31 @@ def test_adamw_is_torchs_with_the_groups_learning_rates():
     assert error(ours.weight, reference.weight) < 1e-12 and error(ours.bias, reference.bias) < 1e-12
 
 
+def test_lars_is_its_formula():
+    w, zero, b, stacked = (nn.Parameter(v) for v in (normal(3, 4), torch.zeros(2, 2).double(), normal(4), normal(2, 3)))
+    plain = [v.detach().numpy().copy() for v in (w, zero, b, stacked)]
+    groups = [dict(params=[w, zero, b]), dict(params=[stacked], trust=0)]
+    optimizer, momenta = common.LARS(groups, weight_decay=0.1, trust=0.02), [0] * 4
+    for step in range(5):
+        for i, p in enumerate((w, zero, b, stacked)):
+            p.grad = normal(*p.shape, seed=10 * step + i)
+        if step == 3:
+            w.grad = -0.1 * w.detach()  # weight decay alone: nothing is left
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 + step
+        for i, p in enumerate((w, zero, b, stacked)):
+            g = p.grad.numpy().copy()
+            if i < 2:
+                g += 0.1 * plain[i]
+                lengths = np.sqrt((plain[i] ** 2).sum()), np.sqrt((g**2).sum())
+                g *= 0.02 * lengths[0] / lengths[1] if all(lengths) else 1
+            momenta[i] = 0.9 * momenta[i] + g
+            plain[i] = plain[i] - (0.5 + step) * momenta[i]
+        optimizer.step()
+        for p, expected in zip((w, zero, b, stacked), plain):
+            assert error(p, torch.from_numpy(expected)) < 1e-12
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -3574,34 +3599,9 @@ def test_probes_side_by_side_are_probes_alone():
     assert lrs[number] == result["lr"] and result.keys() == {"probe", "lr", "probe_by_lr"}
 
 
-def test_lars_is_its_formula():
-    w, zero, b, stacked = (nn.Parameter(v) for v in (normal(3, 4), torch.zeros(2, 2).double(), normal(4), normal(2, 3)))
-    plain = [v.detach().numpy().copy() for v in (w, zero, b, stacked)]
-    groups = [dict(params=[w, zero, b]), dict(params=[stacked], trust=0)]
-    optimizer, momenta = common.LARS(groups, weight_decay=0.1, trust=0.02), [0] * 4
-    for step in range(5):
-        for i, p in enumerate((w, zero, b, stacked)):
-            p.grad = normal(*p.shape, seed=10 * step + i)
-        if step == 3:
-            w.grad = -0.1 * w.detach()  # weight decay alone: nothing is left
-        for group in optimizer.param_groups:
-            group["lr"] = 0.5 + step
-        for i, p in enumerate((w, zero, b, stacked)):
-            g = p.grad.numpy().copy()
-            if i < 2:
-                g += 0.1 * plain[i]
-                lengths = np.sqrt((plain[i] ** 2).sum()), np.sqrt((g**2).sum())
-                g *= 0.02 * lengths[0] / lengths[1] if all(lengths) else 1
-            momenta[i] = 0.9 * momenta[i] + g
-            plain[i] = plain[i] - (0.5 + step) * momenta[i]
-        optimizer.step()
-        for p, expected in zip((w, zero, b, stacked), plain):
-            assert error(p, torch.from_numpy(expected)) < 1e-12
-
-
 @pytest.mark.parametrize("lars", [False, True])
 def test_probes_of_several_feature_sets_are_probes_of_each(lars):
-    x, y, lrs, widths = normal(60, 5).float(), torch.arange(60) % 3, (0.2, 40.0), {"a": 2, "b": 3}
+    x, y, lrs, widths = normal(60, 5).float(), torch.arange(60) % 3, (0.002, 40.0), {"a": 2, "b": 3}
     x[:, 2:] += F.one_hot(y, 3)  # the better set
     batches = list(protocols.cached_batches(x, y, 20, 10))
     result, probes, number = protocols.probe(batches, 30, 3, 3, x, y, 20, lrs, widths, lars)
