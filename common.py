@@ -768,6 +768,33 @@ def adamw(groups, betas=(0.9, 0.95), zero=False):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in MAE's
+    form: large-batch linear probes (CAN, Table 11).
+
+        g ← g + weight_decay · w;  g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
+
+    Vectors (biases, norms), and groups with trust 0, skip the first two. Where ‖w‖ or ‖g‖ is 0 the ratio is 1.
+    """
+
+    def __init__(self, groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.ndim > 1 and group["trust"]:
+                    g = g + group["weight_decay"] * p
+                    ratio = group["trust"] * p.norm() / g.norm()
+                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_(group["lr"] * m.mul_(group["momentum"]).add_(g))
+
+
 def warmup_cosine(step, steps, warmup, end=0.0):
     """Factor of the peak lr at a step (0 … steps − 1): linear over `warmup` steps, then half a cosine down to `end`."""
     if step < warmup:

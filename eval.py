@@ -32,12 +32,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, CenterCrop, Images, InputError, MAEDecoder, MEAN, Parser, RandomCrops, RunSettings, STD, SUFFIXES,
-    View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients,
-    backward, batches, channels, check_batch, check_numbers, decode, draw, draw_curves, draw_matrix, draw_points,
-    gather, launch, load_encoder, load_file, load_images, load_splits, load_state, mae_loss, parameter_groups,
-    precision_of, print0, promote, random_masking, rank, save_encoder, save_file, set_lr, start, to_bytes, uniform,
-    warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, Parser, RandomCrops, RunSettings, STD,
+    SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
+    average_gradients, backward, batches, channels, check_batch, check_numbers, decode, draw, draw_curves,
+    draw_matrix, draw_points, gather, launch, load_encoder, load_file, load_images, load_splits, load_state,
+    mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank, save_encoder, save_file, set_lr,
+    start, to_bytes, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -161,6 +161,12 @@ def outputs(function, images, size, run, index=None, what="images encoded"):
     return gather(torch.cat(out))[: len(index)], images.labels.to(run.device)[used]
 
 
+def pool_tokens(tokens, pool):
+    """Tokens […, 1 + L, D] → […, D] of [CLS] ("cls") or of the patches' mean ("mean"), or […, 2D] of "both"."""
+    cls, mean = tokens[..., 0, :], tokens[..., 1:, :].mean(-2)
+    return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], -1)}[pool]
+
+
 def pooled(encoder, x, blocks=None, pool=None):
     """Features of standardised images x [n, 3, S, S].
 
@@ -171,8 +177,18 @@ def pooled(encoder, x, blocks=None, pool=None):
     """
     tokens = encoder(x, blocks=blocks)
     tokens = torch.stack(tokens, 1) if blocks else tokens  # [n, (blocks,) 1 + L, D]
-    cls, mean = tokens[..., 0, :], tokens[..., 1:, :].mean(-2)
-    return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], -1)}[pool or encoder.pool]
+    return pool_tokens(tokens, pool or encoder.pool)
+
+
+def last_blocks(encoder, count):
+    """Numbers of the last `count` blocks.
+
+    Raises:
+        InputError: the encoder has fewer.
+    """
+    if not 1 <= count <= encoder.depth:
+        raise InputError(f"the last {count} blocks are wanted; the encoder has {encoder.depth}, choose 1 to {encoder.depth}")
+    return list(range(encoder.depth - count + 1, encoder.depth + 1))
 
 
 def features(encoder, images, run, blocks=None, pool=None, index=None):
@@ -278,31 +294,65 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
 
 
-def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000):
+def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000, **how):
     """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b.
 
-    k = 10 (C.4) on standardised features (the authors' code), against at most `bank` training images drawn at random, since
-    N · blocks · D values are kept at once. Returns a list of accuracies in percent.
+    k = 10 (C.4) on standardised features (the authors' code), or as `how` tells `knn`, against at most `bank` training
+    images drawn at random, since N · blocks · D values are kept at once. Returns a list of accuracies in percent.
     """
     blocks = blocks or list(range(1, encoder.depth + 1))
     drawn = uniform(("bank",), torch.arange(len(train)), 1)[:, 0].argsort()[:bank]
     x, y = features(encoder, train, run, blocks, index=drawn)
     test_x, test_y = features(encoder, val, run, blocks)
-    ks = (min(10, len(x)),)
-    return [knn(x[:, b], y, test_x[:, b], test_y, ks, standardize=True)["knn"] for b in range(len(blocks))]
+    how = dict(ks=(min(10, len(x)),), standardize=True) | how
+    return [knn(x[:, b], y, test_x[:, b], test_y, **how)["knn"] for b in range(len(blocks))]
 
 
 def run_knn(args, encoder, run):
-    """Subcommand knn; with --raw on the last block's output before the final norm."""
-    sets = [features(encoder, images, run, [encoder.depth] if args.raw else None) for images in splits(args)]
-    (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in sets)
-    temperature = 0 if args.votes == "similarity" else 0.07
-    return knn(x, y, test_x, test_y, ks=args.k, temperature=temperature, standardize=args.standardize)
+    """Subcommand knn. Several blocks, or with --raw the last, are taken before the final norm, as in MIM-Refiner's code:
+    C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
+    if args.per_block and args.last > 1:
+        raise InputError(f"--per_block takes each block by itself: leave out --last {args.last}")
+    blocks = last_blocks(encoder, args.last) if args.last != 1 or args.raw else None
+    how = dict(ks=args.k, temperature=0 if args.votes == "similarity" else 0.07, standardize=args.standardize)
+    train, val = splits(args)
+    if args.per_block:
+        return {"knn_per_block": knn_per_block(encoder, train, val, run, **how)}
+    (x, y), (test_x, test_y) = (features(encoder, images, run, blocks) for images in (train, val))
+    return knn(x.flatten(1), y, test_x.flatten(1), test_y, **how)
 
 
 # ------------------------------------------------------------------------------------------------- linear probing
 
-PROBE_LRS = tuple(i / 100 for i in range(10, 0, -1))  # Table 11: 0.1, 0.09, … 0.01
+PROBE_LRS = tuple(i / 100 for i in range(10, 0, -1))  # MAE-CT, Table 11: 0.1, 0.09, … 0.01
+DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """How probes are trained: momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops in all of them."""
+
+    epochs: int
+    batch: int
+    warmup_epochs: int
+    lrs: tuple  # at batch 256, all of them at once
+    flip: bool = True
+    lars: bool = False
+    grid: tuple = None  # of features: (last blocks, pooling), None for the encoder's own
+
+
+PROBE_RECIPES = {
+    # MAE-CT, Table 11
+    "mae_ct": ProbeRecipe(epochs=50, batch=1024, warmup_epochs=5, lrs=PROBE_LRS),
+    # MIM-Refiner C.3, DINOv2's grid: 52 probes. Batch and warm-up are those of the authors' code
+    "dinov2": ProbeRecipe(50, 1024, 5, DINOV2_LRS, grid=((1, None), (1, "both"), (4, None), (4, "both"))),
+    # MIM-Refiner C.8, what is left of it for many classes (iNat18), in the authors' code
+    "dinov2_reduced": ProbeRecipe(50, 1024, 5, DINOV2_LRS[3:7], grid=((4, None), (4, "both"))),
+    # CAN, Table 11, after MAE (which has 90 epochs); no flip is listed
+    "lars": ProbeRecipe(epochs=100, batch=16384, warmup_epochs=10, lrs=(0.1,), flip=False, lars=True),
+    # ViC-MAE, Table 9; no flip is listed
+    "vicmae": ProbeRecipe(epochs=90, batch=4096, warmup_epochs=10, lrs=(0.1,), flip=False),
+}
 
 
 class Probes(nn.Module):
@@ -317,9 +367,9 @@ class Probes(nn.Module):
     def forward(self, x):
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
-    def classifier(self, encoder, classes, number):
+    def classifier(self, encoder, classes, number, blocks=None, pool=None):
         """Probe `number` as a Classifier."""
-        classifier = Classifier(encoder, classes, norm=self.norm)
+        classifier = Classifier(encoder, classes, blocks, pool, self.norm)
         classifier.head.weight.data, classifier.head.bias.data = self.weight.data[number], self.bias.data[number]
         return classifier
 
@@ -335,48 +385,70 @@ def cached_batches(x, y, batch, epochs, seed=0):
 
 
 @torch.no_grad()
-def augmented_batches(function, images, size, batch, epochs, run, seed=0):
+def augmented_batches(function, images, size, batch, epochs, run, seed=0, flip=True):
     """A function of random crops [n, 3, size, size] and flips (Table 11), say the encoder's features: yields ([n, …],
     labels [n])."""
     steps = epochs * (len(images) // batch)
-    views = batches(images, [View(size, (0.08, 1.0))], batch, 0, steps, seed, run.device, run.workers, {})
+    views = batches(images, [View(size, (0.08, 1.0), flip)], batch, 0, steps, seed, run.device, run.workers, {})
     for data in progress(views, steps, "steps"):
         with autocast(run):
             out = promote(function(augment(data.views[0])))
         yield out, data.labels
 
 
-def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
-    """MAE-CT's linear probe (A.3, Table 11): every learning rate of the sweep trained side by side on the same features.
+def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, sets=None, lars=False):
+    """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
+    batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
-    SGD with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
-    proportional to lr, so each probe's rate is a weight of its loss. As in the paper, the best on the test set is
-    reported.
+    SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
+    proportional to lr, so each probe's rate is a weight of its loss. LARS cancels such weights: there every rate has
+    `Probes` of its own.
 
     Args:
         train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
-        warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256.
+        warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at
+        batch 256; sets: {name: width} of the feature sets that stand side by side in D.
     Returns:
-        {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr"}, and the Probes.
+        {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
+        also {"features": its name, "probe_by_features": the best of each}; the best's Probes and its number in them.
     """
     torch.manual_seed(0)
-    probes = Probes(len(lrs), test_x.shape[1], classes).to(test_x.device)
-    peaks = torch.tensor(lrs, device=test_x.device) * batch / 256
-    optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)
+    sets = sets or {"": test_x.shape[1]}
+    together = 1 if lars else len(lrs)
+    repeat = len(lrs) // together
+    heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat)).to(test_x.device)
+    rates = [lr * batch / 256 for _ in sets for lr in lrs]  # as in the result of `logits`
+
+    def logits(x):  # [sets · lrs, n, C]
+        parts = [part for part in x.split(list(sets.values()), 1) for _ in range(repeat)]
+        return torch.cat([head(part) for head, part in zip(heads, parts)])
+
+    if lars:
+        groups = [dict(params=[head.weight], peak_lr=rate) for head, rate in zip(heads, rates)]
+        groups += [dict(params=[head.bias], peak_lr=rate, trust=0) for head, rate in zip(heads, rates)]
+        optimizer, weights = LARS(groups), test_x.new_ones(len(rates))
+    else:
+        groups = [dict(params=list(heads.parameters()), peak_lr=1.0)]
+        optimizer, weights = torch.optim.SGD(groups, lr=1.0, momentum=0.9), test_x.new_tensor(rates)
     for step, (x, y) in enumerate(train):
-        logits = probes(x)  # [P, n, C]
-        losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(lrs)), reduction="none").view(len(lrs), -1).mean(1)
-        (losses * peaks).sum().backward()
-        average_gradients(probes.parameters())
-        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, warmup)
+        losses = F.cross_entropy(logits(x).flatten(0, 1), y.repeat(len(rates)), reduction="none").view(len(rates), -1).mean(1)
+        (losses * weights).sum().backward()
+        average_gradients(heads.parameters())
+        set_lr(optimizer, warmup_cosine(step, steps, warmup))
         optimizer.step()
         optimizer.zero_grad()
-    probes.eval()
+    heads.eval()
     with torch.no_grad():
-        right = sum((probes(x).argmax(-1) == y).sum(1) for x, y in zip(test_x.split(4096), test_y.split(4096)))
+        right = sum((logits(x).argmax(-1) == y).sum(1) for x, y in zip(test_x.split(1024), test_y.split(1024)))
     accuracy = (100 * right / len(test_x)).tolist()
-    best = max(range(len(lrs)), key=accuracy.__getitem__)
-    return {"probe": accuracy[best], "lr": lrs[best], "probe_by_lr": dict(zip(lrs, accuracy))}, probes
+    best = max(range(len(rates)), key=accuracy.__getitem__)
+    by_set = {name: dict(zip(lrs, accuracy[i * len(lrs) :])) for i, name in enumerate(sets)}
+    name = list(sets)[best // len(lrs)]
+    result = {"probe": accuracy[best], "lr": lrs[best % len(lrs)], "probe_by_lr": by_set[name]}
+    if len(sets) > 1:
+        result |= {"features": name, "probe_by_features": {n: max(found.values()) for n, found in by_set.items()}}
+    head, number = divmod(best, together)
+    return result, heads[head], number
 
 
 def cached_probe(x, y, test_x, test_y, epochs=50):
@@ -387,21 +459,65 @@ def cached_probe(x, y, test_x, test_y, epochs=50):
     return probe(cached_batches(x, y, batch, epochs), steps, steps // 10, classes, test_x, test_y, batch)[0]
 
 
-def run_probe(args, encoder, run):
-    """Subcommand probe; writes probe.pt beside the encoder."""
-    train, val = splits(args)
-    test = features(encoder, val, run)
-    batch = min(args.batch, len(train))
-    per_epoch = len(train) // batch
-    if args.cached:
-        stream = cached_batches(*features(encoder, train, run), batch, args.epochs)
+def feature_sets(encoder, x, sets):
+    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side, in one pass.
+
+    The last block alone is taken after the final norm, several are taken before it (MIM-Refiner's code; DINOv2's
+    passes each of them through the final norm). "both" pools each of several blocks (DINOv2: the last one's patches).
+    """
+    tokens, found = encoder(x, blocks=last_blocks(encoder, max(last for last, _ in sets))), []
+    for last, pool in sets:
+        of_blocks = torch.stack(tokens[-last:], 1) if last > 1 else encoder.norm(tokens[-1])  # [n, (last,) 1 + L, D]
+        found.append(pool_tokens(of_blocks, pool).flatten(1))
+    return torch.cat(found, 1)
+
+
+def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=None, last=1, pool=None, cached=False):
+    """`probe` with a recipe, on random crops, or `cached`: on features of unaugmented images, computed once.
+
+    Args:
+        encoder: a frozen ViT; train, val: labelled Images; recipe: of PROBE_RECIPES; epochs, batch: others than its own
+        (a batch is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
+        side, "cls", "mean" or "both" (MAE-CT Table 15). Recipes with a grid try its features instead.
+    Returns:
+        (result of `probe` and the recipe, the best probe as a Classifier).
+    Raises:
+        InputError: fewer blocks than are wanted; a batch or epochs that cannot be.
+    """
+    how = PROBE_RECIPES[recipe]
+    epochs = how.epochs if epochs is None else epochs
+    batch = min(how.batch if batch is None else batch, len(train))
+    check_batch(RunSettings(), train, batch)
+    if epochs < 1:
+        raise InputError(f"--epochs {epochs}: choose at least 1")
+    sets = [(n, p or pool or encoder.pool) for n, p in how.grid or [(last, pool)]]
+    names = [f"{p} of " + (f"the last {n} blocks" if n > 1 else "the last block") for n, p in sets]
+    last_blocks(encoder, max(n for n, _ in sets))  # are there as many?
+    widths = {name: encoder.dim * n * (1 + (p == "both")) for name, (n, p) in zip(names, sets)}
+    size, steps = encoder.config["image_size"], epochs * (len(train) // batch)
+    function = partial(feature_sets, encoder, sets=sets)
+    test = outputs(function, val, size, run)
+    if cached:
+        stream = cached_batches(*outputs(function, train, size, run), batch, epochs)
     else:
-        stream = augmented_batches(partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
-    warmup = args.epochs // 10 * per_epoch
-    result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
+        stream = augmented_batches(function, train, size, batch, epochs, run, flip=how.flip)
+    warmup = round(steps * how.warmup_epochs / how.epochs)
+    result, probes, number = probe(stream, steps, warmup, len(train.classes), *test, batch, how.lrs, widths, how.lars)
+    n, p = sets[names.index(result.get("features", names[0]))]
+    classifier = probes.classifier(encoder, train.classes, number, last_blocks(encoder, n) if n > 1 else None, p)
+    return result | dict(recipe=recipe, epochs=epochs, batch=batch, cached=cached), classifier
+
+
+def run_probe(args, encoder, run):
+    """Subcommand probe; writes the best probe as probe.pt beside the encoder."""
+    if PROBE_RECIPES[args.recipe].grid and (args.last != 1 or args.both):
+        raise InputError(f"--recipe {args.recipe} tries features of its own: leave out --last and --both")
+    pool = "both" if args.both else None
+    how = (args.recipe, args.epochs, args.batch, args.last, pool, args.cached)
+    result, classifier = linear_probe(encoder, *splits(args), run, *how)
     if rank() == 0:
-        probes.classifier(encoder, train.classes, PROBE_LRS.index(result["lr"])).save(args.encoder.parent / "probe.pt", False)
-    return result | {"cached": args.cached}
+        classifier.save(args.encoder.parent / "probe.pt", False)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------- few labels
@@ -1258,9 +1374,14 @@ def main(argv):
     flag("--votes", choices=["exp", "similarity"], default="exp")
     flag("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
     flag("--raw", action="store_true", help="the last block's output before the final norm")
-    flag = command(run_probe, probe)
-    flag("--epochs", type=int, default=50)
-    flag("--batch", type=int, default=1024)
+    flag("--last", type=int, default=1, help="outputs of the last blocks side by side, before the final norm (4: MIM-Refiner C.10)")
+    flag("--per_block", action="store_true", help="of each block's output, before the final norm")
+    flag = command(run_probe, linear_probe)
+    flag("--recipe", choices=list(PROBE_RECIPES), default="mae_ct", help="dinov2: 52 probes; lars: as CAN and MAE")
+    flag("--epochs", type=int, help="default: the recipe's")
+    flag("--batch", type=int, help="default: the recipe's")
+    flag("--last", type=int, default=1, help="last blocks side by side; several are taken before the final norm (MAE-CT Table 15)")
+    flag("--both", action="store_true", help="[CLS] and the patches' mean side by side (MAE-CT Table 15)")
     flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
     flag = command(run_lowshot, lowshot)
     flag("--shots", type=int, nargs="+", default=[1, 2, 5], help="labels a class; CAN: 1 5 10 25")

@@ -390,6 +390,8 @@ def outcomes(folder):
     found["knn"] = protocols.knn(*knn_data(), ks=(1, 5, 20))
     x, y = normal(20, 4).float(), torch.arange(20) % 3
     found["probe"] = protocols.probe(protocols.cached_batches(x, y, 8, 3), 6, 1, 3, x, y, 8)[1].weight.detach()
+    sets = dict(lrs=(1.0,), sets={"a": 1, "b": 3}, lars=True)
+    found["lars"] = protocols.probe(protocols.cached_batches(x, y, 8, 3), 6, 1, 3, x, y, 8, **sets)[1].weight.detach()
     z = [common.normalize(part(normal(6, 5, seed=i))).requires_grad_() for i in (6, 7)]
     loss = common.nt_xent(*z, 0.2)
     loss.backward()
@@ -513,7 +515,7 @@ def test_eight_heads_have_the_collectives_of_one(two):
         assert found["collectives"][0] == found["collectives"][1] > 0
 
 
-@pytest.mark.parametrize("name", ["features", "probe", "kmeans"])
+@pytest.mark.parametrize("name", ["features", "probe", "lars", "kmeans"])
 def test_two_processes_evaluate_as_one(two, name):
     assert all(error(found[name], two[0][name]) < 1e-5 for found in two[1])
 
@@ -1329,6 +1331,31 @@ def test_adamw_is_torchs_with_the_groups_learning_rates():
             model(normal(8, 4, seed=step)).square().sum().backward()
             optimizer.step()
     assert error(ours.weight, reference.weight) < 1e-12 and error(ours.bias, reference.bias) < 1e-12
+
+
+def test_lars_is_its_formula():
+    w, zero, b, stacked = (nn.Parameter(v) for v in (normal(3, 4), torch.zeros(2, 2).double(), normal(4), normal(2, 3)))
+    plain = [v.detach().numpy().copy() for v in (w, zero, b, stacked)]
+    groups = [dict(params=[w, zero, b]), dict(params=[stacked], trust=0)]
+    optimizer, momenta = common.LARS(groups, weight_decay=0.1, trust=0.02), [0] * 4
+    for step in range(5):
+        for i, p in enumerate((w, zero, b, stacked)):
+            p.grad = normal(*p.shape, seed=10 * step + i)
+        if step == 3:
+            w.grad = -0.1 * w.detach()  # weight decay alone: nothing is left
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 + step
+        for i, p in enumerate((w, zero, b, stacked)):
+            g = p.grad.numpy().copy()
+            if i < 2:
+                g += 0.1 * plain[i]
+                lengths = np.sqrt((plain[i] ** 2).sum()), np.sqrt((g**2).sum())
+                g *= 0.02 * lengths[0] / lengths[1] if all(lengths) else 1
+            momenta[i] = 0.9 * momenta[i] + g
+            plain[i] = plain[i] - (0.5 + step) * momenta[i]
+        optimizer.step()
+        for p, expected in zip((w, zero, b, stacked), plain):
+            assert error(p, torch.from_numpy(expected)) < 1e-12
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -3927,6 +3954,27 @@ def test_knn_is_scikit_learns():
     assert found["knn"] == max(found["knn_by_k"].values()) == found["knn_by_k"][found["k"]]
 
 
+def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(folders, tmp_path):
+    file, data = tmp_path / "encoder.pt", folders / "labelled"
+    common.save_encoder(file, randomized(nano(depth=3)).float())
+    encoder = common.load_encoder(file)
+
+    def found(*flags):
+        argv = ["knn", "--encoder", file, "--data", data, "--precision", "float32", "--workers", 0, "--k", 3, *flags]
+        with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+            protocols.main([str(a) for a in argv])
+        return json.loads((tmp_path / "knn.json").read_text())
+
+    sets, run = common.load_splits(str(data), labels=True), protocols.Machine(CPU)
+    (x, y), (test_x, test_y) = (protocols.features(encoder, images, run, [1, 2, 3]) for images in sets)
+    how = dict(ks=(3,), standardize=True)
+    beside = protocols.knn(torch.cat([x[:, 1], x[:, 2]], 1), y, torch.cat([test_x[:, 1], test_x[:, 2]], 1), test_y, **how)
+    assert found("--last", 2, "--standardize")["knn"] == beside["knn"]
+    assert found("--last", 1, "--raw")["knn"] == protocols.knn(x[:, 2], y, test_x[:, 2], test_y, ks=(3,))["knn"]
+    each = [protocols.knn(x[:, b], y, test_x[:, b], test_y, temperature=0, **how)["knn"] for b in range(3)]
+    assert found("--per_block", "--standardize", "--votes", "similarity")["knn_per_block"] == each
+
+
 def test_nearest_in_chunks_is_nearest_at_once():
     train, test = common.normalize(normal(57, 8)), common.normalize(normal(9, 8, seed=1))
     order = (test @ train.T).argsort(1, descending=True)[:, :6]
@@ -3955,7 +4003,7 @@ def test_an_unreadable_image_is_evaluated_as_the_one_in_its_place(tmp_path):
 def test_probes_side_by_side_are_probes_alone():
     x, y, steps = normal(60, 5).float(), torch.arange(60) % 3, 12
     batches, lrs = list(protocols.cached_batches(x, y, 20, 4)), (0.1, 0.5, 3.0)
-    result, probes = protocols.probe(batches, steps, 2, 3, x, y, 20, lrs)
+    result, probes, number = protocols.probe(batches, steps, 2, 3, x, y, 20, lrs)
     torch.manual_seed(0)
     start = protocols.Probes(3, 5, 3)
     for i, lr in enumerate(lrs):
@@ -3972,10 +4020,87 @@ def test_probes_side_by_side_are_probes_alone():
         accuracy = 100 * (linear(norm.eval()(x)).argmax(1) == y).float().mean().item()
         assert result["probe_by_lr"][lr] == pytest.approx(accuracy)
     assert result["probe"] == max(result["probe_by_lr"].values()) == result["probe_by_lr"][result["lr"]]
+    assert lrs[number] == result["lr"] and result.keys() == {"probe", "lr", "probe_by_lr"}
+
+
+@pytest.mark.parametrize("lars", [False, True])
+def test_probes_of_several_feature_sets_are_probes_of_each(lars):
+    x, y, lrs, widths = normal(60, 5).float(), torch.arange(60) % 3, (0.002, 40.0), {"a": 2, "b": 3}
+    x[:, 2:] += F.one_hot(y, 3)  # the better set
+    batches = list(protocols.cached_batches(x, y, 20, 10))
+    result, probes, number = protocols.probe(batches, 30, 3, 3, x, y, 20, lrs, widths, lars)
+    torch.manual_seed(0)
+    starts = [protocols.Probes(1 if lars else 2, d, 3) for d in widths.values() for _ in range(2 if lars else 1)]
+    accuracy = {}
+    for s, (name, columns) in enumerate((("a", slice(2)), ("b", slice(2, None)))):
+        for i, lr in enumerate(lrs):
+            start, row = (starts[2 * s + i], 0) if lars else (starts[s], i)
+            w, b = start.weight.data[row].clone().requires_grad_(), start.bias.data[row].clone().requires_grad_()
+            norm, momenta = nn.BatchNorm1d(w.shape[1], affine=False), [0, 0]
+            for step, (batch, labels) in enumerate(batches):
+                rate = lr * 20 / 256 * ((step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 27)) / 2)
+                loss = F.cross_entropy(norm(batch[:, columns]) @ w.T + b, labels)
+                grads = list(torch.autograd.grad(loss, (w, b)))
+                if lars:
+                    grads[0] *= 0.001 * w.detach().square().sum().sqrt() / grads[0].square().sum().sqrt()
+                momenta = [0.9 * m + g for m, g in zip(momenta, grads)]
+                for p, m in zip((w, b), momenta):
+                    p.data -= rate * m
+            accuracy[name, lr] = 100 * ((norm.eval()(x[:, columns]) @ w.T + b).argmax(1) == y).float().mean().item()
+            if (name, lr) == (result["features"], result["lr"]):
+                assert error(probes.weight[number], w) < 1e-4 and error(probes.bias[number], b) < 1e-4
+    assert result["features"] == "b" and result["probe"] == pytest.approx(max(accuracy.values()))
+    assert result["probe_by_lr"] == pytest.approx({lr: accuracy["b", lr] for lr in lrs})
+    assert result["probe_by_features"] == pytest.approx({n: max(accuracy[n, lr] for lr in lrs) for n in widths})
+    assert len({round(a) for a in accuracy.values()}) > 2
 
 
 def test_probe_rates_are_table_11s():
     assert protocols.PROBE_LRS == (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
+
+
+def test_grids_have_as_many_probes_as_the_papers():
+    grids = {name: len(r.lrs) * len(r.grid) for name, r in protocols.PROBE_RECIPES.items() if r.grid}
+    assert grids == {"dinov2": 52, "dinov2_reduced": 8}
+    assert protocols.PROBE_RECIPES["dinov2_reduced"].lrs == (0.001, 0.002, 0.005, 0.01)
+
+
+def test_feature_sets_are_tokens_of_the_last_blocks_side_by_side():
+    encoder, x = vit(), normal(2, 3, 32, 32)
+    blocks = [encoder.blocks[0](encoder.embed(x))]
+    blocks += [encoder.blocks[1](blocks[0])]
+    blocks += [encoder.blocks[2](blocks[1])]
+    final = encoder.norm(blocks[2])
+    expected = [final[:, 0], final[:, 1:].mean(1), blocks[1][:, 1:].mean(1), blocks[2][:, 1:].mean(1)]
+    for tokens in blocks:
+        expected += [tokens[:, 0], tokens[:, 1:].mean(1)]
+    found = protocols.feature_sets(encoder, x, [(1, "both"), (2, "mean"), (3, "both")])
+    assert found.dtype == torch.float64 and error(found, torch.cat(expected, 1)) < 1e-12
+
+
+@pytest.mark.parametrize("recipe, last, pool", [("dinov2", 1, None), ("mae_ct", 2, None), ("lars", 1, "both"),
+                                                ("vicmae", 3, "cls"), ("dinov2_reduced", 1, None)])  # fmt: skip
+def test_the_best_probe_is_written_as_a_classifier_of_its_features(recipe, last, pool, tmp_path):
+    encoder = vit(depth=4, pool="mean").float().requires_grad_(False)
+    train, val = (Images(torch.arange(n) % 4, list("abcd"), pixels=pictures(n, 32, 32, seed=n)) for n in (48, 40))
+    for images in (train, val):  # a colour for each class, and noise
+        images.pixels[torch.arange(len(images)), images.labels % 3] //= 2
+    run, seen = protocols.Machine(CPU), []
+    real = protocols.augmented_batches
+    record = lambda *args, **how: seen.append((args, how)) or real(*args, **how)
+    with mock.patch.object(protocols, "augmented_batches", record):
+        result, classifier = protocols.linear_probe(encoder, train, val, run, recipe, 3, 16, last, pool)
+    args, how = seen[0]
+    assert args[3:5] == (16, 3) and how["flip"] == (recipe not in ("lars", "vicmae"))
+    classifier.save(tmp_path / "probe.pt", False)
+    logits, y = protocols.outputs(protocols.load_classifier(tmp_path / "probe.pt", encoder), val, 32, run)
+    assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["probe"], abs=1e-4)
+    assert result["probe"] > 30  # chance is 25
+    if recipe.startswith("dinov2"):
+        names = ["mean of the last block", "both of the last block", "mean of the last 4 blocks", "both of the last 4 blocks"]
+        assert list(result["probe_by_features"]) == (names if recipe == "dinov2" else names[2:])
+    elif last > 1:
+        assert classifier.blocks == list(range(5 - last, 5)) and classifier.pool == (pool or "mean")
 
 
 def test_cached_batches_visit_every_sample_once_an_epoch_and_are_split_over_ranks(monkeypatch):
@@ -4680,6 +4805,14 @@ BAD_EVAL = [
     (["knn", "--encoder", "code.pt", "--data", "labelled"], "code.pt holds more than tensors"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--votes", "none"], "--votes: invalid choice"),
     (["knn", "--data", "labelled"], "--encoder"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted; the encoder has 6"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "0"], "the last 0 blocks"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "2", "--per_block"], "leave out --last 2"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "dinov2", "--both"], "leave out --last and --both"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--epochs", "0"], "--epochs 0"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "adam"], "invalid choice: 'adam'"),
     (["sing", "--encoder", "wide.pt"], "'sing'"),
 ]
 
