@@ -2697,7 +2697,8 @@ def test_two_nodes_of_one_process_are_one_of_two(folders, tmp_path):
     printed = {}
     for name, flags in {"one": ["--standalone", "--nproc_per_node", "2"], "two": nodes}.items():
         command = [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "mae_ct.py", *TINY]
-        command = [str(c) for c in [*command, "--stages", "mae,head", "--data", folders / "flat", "--out", tmp_path / name]]
+        command += ["--stages", "mae,head", "--data", folders / "flat", "--out", tmp_path / name]
+        command = [str(c) for c in command]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_environment())
         agents = [subprocess.Popen(command, **pipes) for _ in range(1 if name == "one" else 2)]
         printed[name] = [agent.communicate(timeout=300) for agent in agents]
