@@ -12,6 +12,7 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 
 import argparse
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -24,14 +25,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
+from scipy.stats import rankdata
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
-    print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, Images, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
+    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_voc2007,
+    parameter_groups, precision_of, print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -340,7 +343,17 @@ def augmented_batches(function, images, size, batch, epochs, run, seed=0):
         yield out, data.labels
 
 
-def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
+def cross_entropy(logits, y):
+    """Of probes side by side: logits [P, n, C], labels [n] → [P]."""
+    return F.cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none").view(len(logits), -1).mean(1)
+
+
+def accuracy(logits, y):
+    """In percent: logits [N, C], labels [N]."""
+    return 100 * (logits.argmax(1) == y).sum().item() / len(y)
+
+
+def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, loss=cross_entropy, score=accuracy):
     """MAE-CT's linear probe (A.3, Table 11): every learning rate of the sweep trained side by side on the same features.
 
     SGD with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
@@ -349,28 +362,27 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS):
 
     Args:
         train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
-        warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256.
+        warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at batch 256;
+        loss, score: other than cross-entropy and accuracy, for other than one label an image.
     Returns:
-        {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr"}, and the Probes.
+        {"probe": score in percent, "lr": its base rate, "probe_by_lr"}, and the Probes.
     """
     torch.manual_seed(0)
     probes = Probes(len(lrs), test_x.shape[1], classes).to(test_x.device)
     peaks = torch.tensor(lrs, device=test_x.device) * batch / 256
     optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)
     for step, (x, y) in enumerate(train):
-        logits = probes(x)  # [P, n, C]
-        losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(lrs)), reduction="none").view(len(lrs), -1).mean(1)
-        (losses * peaks).sum().backward()
+        (loss(probes(x), y) * peaks).sum().backward()
         average_gradients(probes.parameters())
         optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, warmup)
         optimizer.step()
         optimizer.zero_grad()
     probes.eval()
     with torch.no_grad():
-        right = sum((probes(x).argmax(-1) == y).sum(1) for x, y in zip(test_x.split(4096), test_y.split(4096)))
-    accuracy = (100 * right / len(test_x)).tolist()
-    best = max(range(len(lrs)), key=accuracy.__getitem__)
-    return {"probe": accuracy[best], "lr": lrs[best], "probe_by_lr": dict(zip(lrs, accuracy))}, probes
+        normed = probes.norm(test_x)
+        scores = [score(normed @ w.T + b, test_y) for w, b in zip(probes.weight, probes.bias)]
+    best = max(range(len(lrs)), key=scores.__getitem__)
+    return {"probe": scores[best], "lr": lrs[best], "probe_by_lr": dict(zip(lrs, scores))}, probes
 
 
 def cached_probe(x, y, test_x, test_y, epochs=50):
@@ -764,6 +776,217 @@ def run_cluster(args, encoder, run):
 # ---------------------------------------------------------------------------------------------- robustness and transfer
 
 
+def matched(folders, classes, mapping=None):
+    """Which classes each folder of images stands for: [folders, classes] bool.
+
+    A folder has the name of a class, or `mapping` {folder: class or list of classes} says what it holds; with a mapping
+    other folders count for nothing (ObjectNet shares 113 of its 313 classes with ImageNet). Where all folders are numbers
+    that name no class (ImageNet-V2's 0 … 999) they are positions in the sorted list of classes.
+
+    Raises:
+        InputError: a folder that stands for no class, or a class of the mapping that the classifier does not have.
+    """
+    if mapping is None and all(f.isdecimal() and f not in classes for f in folders):
+        mapping = {f: classes[int(f)] for f in folders if int(f) < len(classes)}
+    number = {c: i for i, c in enumerate(classes)}
+    held = torch.zeros(len(folders), len(classes), dtype=torch.bool)
+    for i, folder in enumerate(folders):
+        names = (mapping or {}).get(folder, folder if folder in number else [])
+        for name in [names] if isinstance(names, str) else names:
+            if name not in number:
+                raise InputError(f"the mapping says {folder}: {name!r}, which is no class of the classifier")
+            held[i, number[name]] = True
+    unknown = [folder for folder, row in zip(folders, held) if not row.any()]
+    if unknown and (mapping is None or len(unknown) == len(folders)):
+        known = ", ".join(map(str, classes[:3]))
+        raise InputError(f"folder {unknown[0]} is no class of the classifier ({known}, …): say which it is by --mapping FILE")
+    if unknown:
+        print0(f"{len(unknown)} of {len(folders)} folders hold none of the classes and are left out ({unknown[0]}, …)")
+    return held
+
+
+def real_labels(images, content, classes, path):
+    """ImageNet-ReaL's answers: [N, classes] bool of the labels that count as right for each validation image.
+
+    `content` is a list of lists of class numbers in the order of the file names (reassessed-imagenet's real.json), or
+    {file name: list}.
+
+    Raises:
+        InputError: a list of another length, a file without an entry, or a label that is no class number.
+    """
+    names = None if images.files is None else [os.path.basename(os.fsdecode(file)) for file in images.files]
+    if isinstance(content, list):
+        if len(content) != len(images):
+            raise InputError(f"{path} has labels of {len(content)} images, the validation set has {len(images)}")
+        order = range(len(images)) if names is None else sorted(range(len(images)), key=names.__getitem__)
+        lists = dict(zip(order, content))
+    else:
+        missing = next((n for n in names or ["an image without a file"] if n not in content), None)
+        if missing:
+            raise InputError(f"{path} has no labels for {missing}")
+        lists = {i: content[name] for i, name in enumerate(names)}
+    right = torch.zeros(len(images), len(classes), dtype=torch.bool)
+    for i, numbers in lists.items():
+        for number in numbers:
+            if not isinstance(number, int) or not 0 <= number < len(classes):
+                raise InputError(f"{path}: {number!r} is not the number of one of the classifier's {len(classes)} classes")
+            right[i, number] = True
+    return right
+
+
+def robust(classifier, images, right, run, among=None):
+    """Top-1 accuracy of a trained classifier on other images of its classes (MAE-CT B.3, Table 17; CAN 4.4, Figure 5).
+
+    Args:
+        classifier: a Classifier; right [N, C] bool: the classes that count as right for each image; images without any
+            are skipped; among [C] bool: predictions are made among these classes only. The papers are silent; among the
+            classes of the set is how the authors of ImageNet-R and -A measure, and the same for ObjectNet; for
+            ImageNet-V2, -Sketch and ReaL it is no restriction.
+    Returns:
+        {"accuracy": percent, "images": how many count, "classes": how many are predicted among}.
+    Raises:
+        InputError: no image has a class.
+    """
+    kept = right.any(1).nonzero()[:, 0]
+    if not len(kept):
+        raise InputError("none of the images has a label that counts")
+    among = torch.ones(right.shape[1], dtype=torch.bool) if among is None else among
+    images = dataclasses.replace(images.subset(kept), labels=right[kept])
+    logits, right = outputs(classifier, images, classifier.encoder.config["image_size"], run)
+    predicted = logits.masked_fill(~among.to(run.device), -math.inf).argmax(1, keepdim=True)
+    return {
+        "accuracy": 100 * right.gather(1, predicted).double().mean().item(),
+        "images": len(right),
+        "classes": int(among.sum()),
+    }
+
+
+def class_folders(path):
+    """The images of a folder of class folders; of its val/ or test/ where it has one; or a built-in or torchvision set's
+    validation images."""
+    if not Path(path).is_dir() or any((Path(path) / n).is_dir() for n in ("val", "test")):
+        return load_images(path, "val")
+    try:
+        found = torchvision.datasets.ImageFolder(path)
+    except OSError as e:
+        raise InputError(f"{path}: expected one folder of images per class ({e})") from e
+    files, labels = zip(*found.samples)
+    return Images(torch.tensor(labels), found.classes, files=np.array([os.fsencode(file) for file in files]))
+
+
+def read_json(path, kinds):
+    """The content of a JSON file, a dict or (`kinds`) a list."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: no readable JSON file ({e})") from e
+    if not isinstance(content, kinds):
+        raise InputError(f"{path}: expected {' or '.join(kind.__name__ for kind in kinds)}, found {type(content).__name__}")
+    return content
+
+
+def run_robust(args, encoder, run):
+    """Subcommand robust, on each folder of --sets (or --data) and, with --real, on the validation images of --data."""
+    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder)
+    mapping, result = args.mapping and read_json(args.mapping, (dict,)), {}
+    for name in args.sets or [args.data]:
+        images = class_folders(name)
+        held = matched(images.classes, classifier.classes, mapping)
+        result[name] = robust(classifier, images, held[images.labels], run, held.any(0))
+    if args.real:
+        images = load_images(args.data, "val", labels=False)
+        right = real_labels(images, read_json(args.real, (list, dict)), classifier.classes, args.real)
+        result["ReaL"] = robust(classifier, images, right, run)
+    return result
+
+
+def several_labels(logits, y):
+    """Loss of probes side by side where images have several labels: sigmoid and binary cross-entropy, summed over classes.
+
+    logits [P, n, C]; y [n, C] is 1, 0, or −1 where it does not count. Returns [P].
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits).expand_as(logits), reduction="none")
+    return (losses * (y >= 0)).sum(2).mean(1)
+
+
+def mean_average_precision(logits, y):
+    """VOC2007's own measure in percent, as ViC-MAE's predecessors report it (the paper itself is silent): the mean over
+    classes of the 11-point interpolated average precision (Everingham et al. 2010, 4.2).
+
+    logits [N, C]; y [N, C] is 1, 0, or −1 where an image does not count for the class ("difficult"). A class that no image
+    has does not count.
+    """
+    values = []
+    for score, label in zip(logits.T, y.T):
+        label = label[label >= 0][score[label >= 0].argsort(descending=True, stable=True)].double()
+        if label.any():
+            found = label.cumsum(0)
+            recall, precision = found / found[-1], found / torch.arange(1, len(label) + 1, device=y.device)
+            # rounding must not keep a recall of 0.3 from reaching 0.3
+            values.append(sum(precision[recall >= t / 10 - 1e-9].max().item() for t in range(11)) / 11)
+    return 100 * sum(values) / len(values)
+
+
+def mean_per_class(logits, y):
+    """Accuracy in percent, every class of y [N] counting the same; logits [N, C]."""
+    right = (logits.argmax(1) == y).double()
+    return 100 * torch.stack([right[y == c].mean() for c in y.unique()]).mean().item()
+
+
+def probe_on(x, y, test_x, test_y, classes):
+    """Class scores [n, C] of the test images by the best of `probe`'s learning rates, for features x [N, D] and labels [N],
+    or [N, C] of several an image. 50 epochs (MIM-Refiner C.3), a tenth of them warm-up; batch 256: chosen."""
+    batch = min(256, len(x))
+    steps = 50 * (len(x) // batch)
+    other = dict(loss=several_labels, score=mean_average_precision) if y.ndim == 2 else {}
+    train = cached_batches(x, y, batch, 50)
+    result, probes = probe(train, steps, steps // 10, classes, test_x, test_y, batch, **other)
+    with torch.no_grad():
+        return probes(test_x)[PROBE_LRS.index(result["lr"])]
+
+
+def transfer(encoder, train, val, run):
+    """Linear probing of another data set (MIM-Refiner C.8, Table 8; ViC-MAE Table 3), on cached, unaugmented features.
+
+    Returns accuracies in percent: {"accuracy", "mean per class"}, or {"mAP"} where images have several labels. Table 8
+    reports accuracy. ViC-MAE leaves its metrics open; its predecessors (Kornblith et al. 2019, Table 1) take the mean per
+    class for Aircraft, Pets, Caltech101 and Flowers, and VOC2007's mAP.
+    """
+    (x, y), (test_x, test_y) = (features(encoder, images, run) for images in (train, val))
+    logits = probe_on(x, y, test_x, test_y, len(train.classes))
+    if y.ndim == 2:
+        return {"mAP": mean_average_precision(logits, test_y)}
+    return {"accuracy": accuracy(logits, test_y), "mean per class": mean_per_class(logits, test_y)}
+
+
+def average_rank(values):
+    """Average over data sets of each encoder's rank among the encoders, 1 is best (MIM-Refiner Table 8); values
+    [encoders, sets]. Encoders that tie share the mean of their ranks."""
+    return rankdata(-np.asarray(values), axis=0).mean(1).tolist()
+
+
+def run_transfer(args, encoder, run):
+    """Subcommand transfer, on each of --sets (or --data), for the encoder and those that it is compared --against."""
+    paths, sets = [args.encoder, *args.against], args.sets or [args.data]
+    if len(set(paths)) < len(paths) or len(set(sets)) < len(sets):
+        raise InputError("an encoder or a data set is named twice")
+    others = [load_encoder(path, args.image_size) for path in args.against]
+    loaded = []
+    for name in sets:
+        voc = name.lower() == "voc2007"
+        loaded.append([load_voc2007(s) for s in ("train", "val")] if voc else splits(argparse.Namespace(data=name)))
+    result, values = {}, []
+    for path, encoder in zip(paths, [encoder, *others]):
+        encoder.pool = args.pool or encoder.pool
+        encoder.to(run.device).requires_grad_(False)
+        scores = {name: transfer(encoder, train, val, run) for name, (train, val) in zip(sets, loaded)}
+        result[str(path)] = {f"{name} {metric}": v for name, found in scores.items() for metric, v in found.items()}
+        values.append([next(iter(found.values())) for found in scores.values()])
+    for path, rank_of_it in zip(paths, average_rank(values)):
+        result[str(path)]["rank"] = rank_of_it
+    return result
+
+
 # --------------------------------------------------------------------------------------------------------- segmentation
 
 
@@ -839,6 +1062,14 @@ def main(argv):
     flag("--epochs", type=float, default=100, help="CMAE 4.2")
     flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
     flag("--batch", type=int, default=1024)
+    flag = command(run_robust, robust)
+    flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
+    flag("--sets", nargs="+", metavar="FOLDER", help="instead of --data: folders with one folder of images per class")
+    flag("--mapping", type=Path, help="JSON {folder: class or list of classes}")
+    flag("--real", type=Path, help="ReaL labels of --data's validation images, JSON")
+    flag = command(run_transfer, transfer)
+    flag("--against", type=Path, nargs="+", default=[], metavar="FILE", help="other encoders, for the average rank")
+    flag("--sets", nargs="+", metavar="SET", help="several instead of --data; also voc2007")
     args = parser.parse_args(argv)
 
     device = start()
