@@ -33,8 +33,9 @@ from torch import nn
 
 from common import (
     BatchNorm, CenterCrop, Images, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_voc2007,
-    parameter_groups, precision_of, print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
+    check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_images, load_splits, load_state,
+    load_voc2007, parameter_groups, precision_of, print0, promote, rank, save_encoder, save_file, set_lr, start, uniform,
+    warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -191,7 +192,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.dim * len(blocks or [0]) * (1 + (self.pool == "both")), len(self.classes))
 
     def forward(self, x):
-        return self.head(self.norm(promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))))
+        feature = promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))
+        with torch.autocast(x.device.type, enabled=False):  # logits as those that the probe was chosen by
+            return self.head(self.norm(feature))
 
     def save(self, path, with_encoder):
         """{"classifier": …}; `with_encoder` besides all that encoder.pt has."""
@@ -786,20 +789,20 @@ def matched(folders, classes, mapping=None):
     Raises:
         InputError: a folder that stands for no class, or a class of the mapping that the classifier does not have.
     """
-    if mapping is None and all(f.isdecimal() and f not in classes for f in folders):
-        mapping = {f: classes[int(f)] for f in folders if int(f) < len(classes)}
-    number = {c: i for i, c in enumerate(classes)}
+    number = {str(c): i for i, c in enumerate(classes)}
+    if mapping is None and all(f.isdecimal() and f not in number for f in folders):
+        number = {str(i): i for i in range(len(classes))}
     held = torch.zeros(len(folders), len(classes), dtype=torch.bool)
     for i, folder in enumerate(folders):
         names = (mapping or {}).get(folder, folder if folder in number else [])
-        for name in [names] if isinstance(names, str) else names:
-            if name not in number:
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or name not in number:
                 raise InputError(f"the mapping says {folder}: {name!r}, which is no class of the classifier")
             held[i, number[name]] = True
     unknown = [folder for folder, row in zip(folders, held) if not row.any()]
     if unknown and (mapping is None or len(unknown) == len(folders)):
-        known = ", ".join(map(str, classes[:3]))
-        raise InputError(f"folder {unknown[0]} is no class of the classifier ({known}, …): say which it is by --mapping FILE")
+        has = ", ".join(map(str, classes[:3]))
+        raise InputError(f"folder {unknown[0]} is no class of the classifier ({has}, …): say what it holds by --mapping FILE")
     if unknown:
         print0(f"{len(unknown)} of {len(folders)} folders hold none of the classes and are left out ({unknown[0]}, …)")
     return held
@@ -827,9 +830,9 @@ def real_labels(images, content, classes, path):
         lists = {i: content[name] for i, name in enumerate(names)}
     right = torch.zeros(len(images), len(classes), dtype=torch.bool)
     for i, numbers in lists.items():
-        for number in numbers:
+        for number in numbers if isinstance(numbers, list) else [numbers]:
             if not isinstance(number, int) or not 0 <= number < len(classes):
-                raise InputError(f"{path}: {number!r} is not the number of one of the classifier's {len(classes)} classes")
+                raise InputError(f"{path}: expected lists of numbers from 0 to {len(classes) - 1}, found {number!r}")
             right[i, number] = True
     return right
 
@@ -881,7 +884,8 @@ def read_json(path, kinds):
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: no readable JSON file ({e})") from e
     if not isinstance(content, kinds):
-        raise InputError(f"{path}: expected {' or '.join(kind.__name__ for kind in kinds)}, found {type(content).__name__}")
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{path}: expected a {wanted}, found a {type(content).__name__}")
     return content
 
 
@@ -967,7 +971,7 @@ def average_rank(values):
 
 def run_transfer(args, encoder, run):
     """Subcommand transfer, on each of --sets (or --data), for the encoder and those that it is compared --against."""
-    paths, sets = [args.encoder, *args.against], args.sets or [args.data]
+    paths, sets = [str(args.encoder), *args.against], args.sets or [args.data]
     if len(set(paths)) < len(paths) or len(set(sets)) < len(sets):
         raise InputError("an encoder or a data set is named twice")
     others = [load_encoder(path, args.image_size) for path in args.against]
@@ -980,10 +984,10 @@ def run_transfer(args, encoder, run):
         encoder.pool = args.pool or encoder.pool
         encoder.to(run.device).requires_grad_(False)
         scores = {name: transfer(encoder, train, val, run) for name, (train, val) in zip(sets, loaded)}
-        result[str(path)] = {f"{name} {metric}": v for name, found in scores.items() for metric, v in found.items()}
+        result[path] = {f"{name} {metric}": v for name, found in scores.items() for metric, v in found.items()}
         values.append([next(iter(found.values())) for found in scores.values()])
-    for path, rank_of_it in zip(paths, average_rank(values)):
-        result[str(path)]["rank"] = rank_of_it
+    for path, average in zip(paths, average_rank(values)):
+        result[path]["rank"] = average
     return result
 
 
@@ -1068,7 +1072,7 @@ def main(argv):
     flag("--mapping", type=Path, help="JSON {folder: class or list of classes}")
     flag("--real", type=Path, help="ReaL labels of --data's validation images, JSON")
     flag = command(run_transfer, transfer)
-    flag("--against", type=Path, nargs="+", default=[], metavar="FILE", help="other encoders, for the average rank")
+    flag("--against", nargs="+", default=[], metavar="FILE", help="other encoders, for the average rank")
     flag("--sets", nargs="+", metavar="SET", help="several instead of --data; also voc2007")
     args = parser.parse_args(argv)
 
