@@ -820,7 +820,7 @@ IN_MEMORY = 2 << 30  # bytes of uint8 pixels that are decoded once and cropped o
 class Images:
     """An image set: pixels in memory, or files, or a torchvision data set; labels are −1 where there are none."""
 
-    labels: torch.Tensor  # [N] int64
+    labels: torch.Tensor  # [N] int64; [N, C] where an image has several (load_voc2007)
     classes: list
     pixels: torch.Tensor = None  # [N, 3, H, W] uint8
     masks: torch.Tensor = None  # [N, H, W] bool, the object's pixels (shapes only)
@@ -1066,28 +1066,84 @@ def _load_folder(root, split, labels):
     return Images(labels, classes, files=np.array([os.fsencode(f) for f in files]))
 
 
-def _load_torchvision(name, split):
-    cls, train = getattr(torchvision.datasets, name), split == "train"
-    accepted = cls.__init__.__code__.co_varnames
-    choice = dict(train=train) if "train" in accepted else dict(split="train" if train else "test")
+# Training and test part of torchvision's sets, where they are not called "train" and "test": all that is not for testing.
+_PARTS = {
+    "DTD": (["train", "val"], ["test"]),  # of the first of its ten splits
+    "Flowers102": (["train", "val"], ["test"]),
+    "FGVCAircraft": (["trainval"], ["test"]),
+    "OxfordIIITPet": (["trainval"], ["test"]),
+}
+# Sets without parts: images a class that are drawn to train and to test on. Caltech101 (without its background class) is
+# tested on the rest, as usual; SUN397's ten published partitions have 50 and 50 as well.
+_DRAWN = {"Caltech101": (30, None), "SUN397": (50, 50)}
+
+
+def _torchvision(name, download=True, **choice):
+    cls = getattr(torchvision.datasets, name)
     try:
         if rank() == 0:
-            cls("data", download=True, **choice)
+            cls("data", download=download, **choice)
         if world() > 1:
             dist.barrier()
-        dataset = cls("data", **choice)
+        return cls("data", **choice)
     except (TypeError, ValueError, RuntimeError, OSError) as e:
         raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
-    labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
-    if labels is None:
+
+
+def _load_torchvision(name, split):
+    accepted, train = getattr(torchvision.datasets, name).__init__.__code__.co_varnames, split == "train"
+    if name in _DRAWN:
+        choices = [{}]
+    elif "train" in accepted:
+        choices = [dict(train=train)]
+    else:
+        choices = [dict(split=part) for part in _PARTS.get(name, (["train"], ["test"]))[0 if train else 1]]
+    parts = [_torchvision(name, **choice) for choice in choices]
+    first = parts[0]
+    attribute = next((a for a in ("targets", "labels", "_labels", "y") if hasattr(first, a)), None)
+    if attribute is None:
         raise InputError(f"--data {name.lower()}: torchvision's {name} has no class labels")
-    labels = torch.as_tensor(labels).long()
-    classes = list(getattr(dataset, "classes", range(int(labels.max()) + 1)))
-    pixels = getattr(dataset, "data", None)
+    labels = torch.cat([torch.as_tensor(getattr(part, attribute)).long() for part in parts])
+    classes = list(getattr(first, "classes", getattr(first, "categories", range(int(labels.max()) + 1))))
+    pixels = getattr(first, "data", None)
     if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
         pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
         return Images(labels, classes, pixels=pixels)
-    return Images(labels, classes, dataset=dataset)
+    images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
+    if name not in _DRAWN:
+        return images
+    if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
+        images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
+    return images.subset(_drawn_by_class(images.labels, *_DRAWN[name], train))
+
+
+def _drawn_by_class(labels, train_count, test_count, train):
+    """Indices of `train_count` images of every class, or of `test_count` others (None: all others)."""
+    order = uniform(("split",), torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
+    of_classes = [order[labels[order] == c] for c in labels.unique().tolist()]
+    parts = [i[:train_count] if train else i[train_count:][:test_count] for i in of_classes]
+    return torch.cat(parts).sort().values
+
+
+def load_voc2007(split):
+    """VOC2007's classification task: trainval ("train", 5 011 images) or test (4 952), downloaded to ./data by torchvision.
+
+    Labels [N, 20]: 1 present, 0 absent, −1 where all objects of the class are "difficult", which the task neither trains
+    nor tests on (the devkit's ImageSets/Main).
+
+    Raises:
+        InputError: torchvision could not provide it.
+    """
+    part, lists = "trainval" if split == "train" else "test", Path("data/VOCdevkit/VOC2007/ImageSets/Main")
+    missing = not (lists / f"{part}.txt").is_file()  # torchvision would unpack it every time
+    dataset = _torchvision("VOCDetection", missing, year="2007", image_set=part)
+    classes = sorted(file.stem.removesuffix(f"_{part}") for file in lists.glob(f"*_{part}.txt"))
+    if not classes:
+        raise InputError(f"{lists} has no lists of classes (aeroplane_{part}.txt, …)")
+    meaning = {"1": 1, "-1": 0, "0": -1}
+    flags = [(lists / f"{c}_{part}.txt").read_text().split()[1::2] for c in classes]  # "000005 -1", image by image
+    labels = torch.tensor([[meaning[flag] for flag in column] for column in flags]).T
+    return Images(labels, classes, files=np.array([os.fsencode(file) for file in dataset.images]))
 
 
 def _fit_in_memory(images):
@@ -2092,8 +2148,8 @@ def save_file(path, content, keep=None):
     write_atomic(path, lambda f: torch.save(content, f), keep)
 
 
-def read_json(path, remedy):
-    """The dict in a JSON file.
+def read_json(path, remedy, kinds=(dict,)):
+    """The dict (or another of `kinds`) in a JSON file.
 
     Raises:
         InputError: there is none; `remedy` says what to do.
@@ -2102,8 +2158,8 @@ def read_json(path, remedy):
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise InputError(f"{path} is not readable ({e}): {remedy}") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: {remedy}")
+    if not isinstance(content, kinds):
+        raise InputError(f"{path} holds no JSON {' or '.join(kind.__name__ for kind in kinds)}: {remedy}")
     return content
 
 

@@ -12,6 +12,7 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -24,9 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
+from scipy.stats import rankdata
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
@@ -36,8 +39,8 @@ from common import (
     SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
     average_gradients, backward, batches, channels, check_batch, check_numbers, decode, draw, draw_curves,
     draw_matrix, draw_points, gather, launch, load_encoder, load_file, load_images, load_splits, load_state,
-    mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank, save_encoder, save_file, set_lr,
-    start, to_bytes, uniform, warmup_cosine, world, write_atomic,
+    load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank, read_json,
+    save_encoder, save_file, set_lr, start, to_bytes, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -210,7 +213,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.dim * len(blocks or [0]) * (1 + (self.pool == "both")), len(self.classes))
 
     def forward(self, x):
-        return self.head(self.norm(promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))))
+        feature = promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))
+        with torch.autocast(x.device.type, enabled=False):  # logits as those that the probe was chosen by
+            return self.head(self.norm(feature))
 
     def save(self, path, with_encoder):
         """{"classifier": …}; `with_encoder` besides all that encoder.pt has."""
@@ -396,7 +401,18 @@ def augmented_batches(function, images, size, batch, epochs, run, seed=0, flip=T
         yield out, data.labels
 
 
-def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, sets=None, lars=False):
+def cross_entropy(logits, y):
+    """Of probes side by side: logits [P, n, C], labels [n] → [P]."""
+    return F.cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none").view(len(logits), -1).mean(1)
+
+
+def accuracy(logits, y):
+    """In percent: logits [N, C], labels [N]."""
+    return 100 * (logits.argmax(1) == y).sum().item() / len(y)
+
+
+def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, sets=None, lars=False,
+          loss=cross_entropy, score=accuracy):  # fmt: skip
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
     batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
@@ -407,9 +423,10 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     Args:
         train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
         warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at
-        batch 256; sets: {name: width} of the feature sets that stand side by side in D.
+        batch 256; sets: {name: width} of the feature sets that stand side by side in D; loss, score: other than cross-entropy and
+        accuracy, for other than one label an image.
     Returns:
-        {"probe": accuracy in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
+        {"probe": score in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
         also {"features": its name, "probe_by_features": the best of each}; the best's Probes and its number in them.
     """
     torch.manual_seed(0)
@@ -419,9 +436,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat)).to(test_x.device)
     rates = [lr * batch / 256 for _ in sets for lr in lrs]  # as in the result of `logits`
 
-    def logits(x):  # [sets · lrs, n, C]
-        parts = [part for part in x.split(list(sets.values()), 1) for _ in range(repeat)]
-        return torch.cat([head(part) for head, part in zip(heads, parts)])
+    apart = lambda x: [part for part in x.split(list(sets.values()), 1) for _ in range(repeat)]  # one for each of `heads`
+    logits = lambda x: torch.cat([head(part) for head, part in zip(heads, apart(x))])  # [sets · lrs, n, C]
 
     if lars:
         groups = [dict(params=[head.weight], peak_lr=rate) for head, rate in zip(heads, rates)]
@@ -431,20 +447,21 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
         groups = [dict(params=list(heads.parameters()), peak_lr=1.0)]
         optimizer, weights = torch.optim.SGD(groups, lr=1.0, momentum=0.9), test_x.new_tensor(rates)
     for step, (x, y) in enumerate(train):
-        losses = F.cross_entropy(logits(x).flatten(0, 1), y.repeat(len(rates)), reduction="none").view(len(rates), -1).mean(1)
-        (losses * weights).sum().backward()
+        (loss(logits(x), y) * weights).sum().backward()
         average_gradients(heads.parameters())
         set_lr(optimizer, warmup_cosine(step, steps, warmup))
         optimizer.step()
         optimizer.zero_grad()
     heads.eval()
     with torch.no_grad():
-        right = sum((logits(x).argmax(-1) == y).sum(1) for x, y in zip(test_x.split(1024), test_y.split(1024)))
-    accuracy = (100 * right / len(test_x)).tolist()
-    best = max(range(len(rates)), key=accuracy.__getitem__)
-    by_set = {name: dict(zip(lrs, accuracy[i * len(lrs) :])) for i, name in enumerate(sets)}
+        scores = []
+        for head, part in zip(heads, apart(test_x)):
+            normed = head.norm(part)
+            scores += [score(normed @ w.T + b, test_y) for w, b in zip(head.weight, head.bias)]
+    best = max(range(len(rates)), key=scores.__getitem__)
+    by_set = {name: dict(zip(lrs, scores[i * len(lrs) :])) for i, name in enumerate(sets)}
     name = list(sets)[best // len(lrs)]
-    result = {"probe": accuracy[best], "lr": lrs[best % len(lrs)], "probe_by_lr": by_set[name]}
+    result = {"probe": scores[best], "lr": lrs[best % len(lrs)], "probe_by_lr": by_set[name]}
     if len(sets) > 1:
         result |= {"features": name, "probe_by_features": {n: max(found.values()) for n, found in by_set.items()}}
     head, number = divmod(best, together)
@@ -472,13 +489,14 @@ def feature_sets(encoder, x, sets):
     return torch.cat(found, 1)
 
 
-def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=None, last=1, pool=None, cached=False):
+def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=None, last=1, pool=None, cached=False,
+                 **other):  # fmt: skip
     """`probe` with a recipe, on random crops, or `cached`: on features of unaugmented images, computed once.
 
     Args:
         encoder: a frozen ViT; train, val: labelled Images; recipe: of PROBE_RECIPES; epochs, batch: others than its own
         (a batch is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
-        side, "cls", "mean" or "both" (MAE-CT Table 15). Recipes with a grid try its features instead.
+        side, "cls", "mean" or "both" (MAE-CT Table 15); recipes with a grid try its features instead. other: of `probe`.
     Returns:
         (result of `probe` and the recipe, the best probe as a Classifier).
     Raises:
@@ -502,7 +520,8 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     else:
         stream = augmented_batches(function, train, size, batch, epochs, run, flip=how.flip)
     warmup = round(steps * how.warmup_epochs / how.epochs)
-    result, probes, number = probe(stream, steps, warmup, len(train.classes), *test, batch, how.lrs, widths, how.lars)
+    result, probes, number = probe(stream, steps, warmup, len(train.classes), *test, batch, how.lrs, widths, how.lars,
+                                   **other)  # fmt: skip
     n, p = sets[names.index(result.get("features", names[0]))]
     classifier = probes.classifier(encoder, train.classes, number, last_blocks(encoder, n) if n > 1 else None, p)
     return result | dict(recipe=recipe, epochs=epochs, batch=batch, cached=cached), classifier
@@ -1150,6 +1169,196 @@ def last_and_normed(encoder, x):
 # ---------------------------------------------------------------------------------------------- robustness and transfer
 
 
+def matched(folders, classes, mapping=None):
+    """Which classes each folder of images stands for: [folders, classes] bool.
+
+    A folder has the name of a class, or `mapping` {folder: class or list of classes} says what it holds; with a mapping
+    other folders count for nothing (ObjectNet shares 113 of its 313 classes with ImageNet). Where all folders are numbers
+    that name no class (ImageNet-V2's 0 … 999) they are positions in the sorted list of classes.
+
+    Raises:
+        InputError: a folder that stands for no class, or a class of the mapping that the classifier does not have.
+    """
+    number = {str(c): i for i, c in enumerate(classes)}
+    if mapping is None and all(f.isdecimal() and f not in number for f in folders):
+        number = {str(i): i for i in range(len(classes))}
+    held = torch.zeros(len(folders), len(classes), dtype=torch.bool)
+    for i, folder in enumerate(folders):
+        names = (mapping or {}).get(folder, folder if folder in number else [])
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or name not in number:
+                raise InputError(f"the mapping says {folder}: {name!r}, which is no class of the classifier")
+            held[i, number[name]] = True
+    unknown = [folder for folder, row in zip(folders, held) if not row.any()]
+    if unknown and (mapping is None or len(unknown) == len(folders)):
+        has = ", ".join(map(str, classes[:3]))
+        raise InputError(f"folder {unknown[0]} is no class of the classifier ({has}, …): say what it holds by --mapping FILE")
+    if unknown:
+        print0(f"{len(unknown)} of {len(folders)} folders hold none of the classes and are left out ({unknown[0]}, …)")
+    return held
+
+
+def real_labels(images, content, classes, path):
+    """ImageNet-ReaL's answers: [N, classes] bool of the labels that count as right for each validation image.
+
+    `content` is a list of lists of class numbers in the order of the file names (reassessed-imagenet's real.json), or
+    {file name: list}.
+
+    Raises:
+        InputError: a list of another length, a file without an entry, or a label that is no class number.
+    """
+    names = None if images.files is None else [os.path.basename(os.fsdecode(file)) for file in images.files]
+    if isinstance(content, list):
+        if len(content) != len(images):
+            raise InputError(f"{path} has labels of {len(content)} images, the validation set has {len(images)}")
+        order = range(len(images)) if names is None else sorted(range(len(images)), key=names.__getitem__)
+        lists = dict(zip(order, content))
+    else:
+        missing = next((n for n in names or ["an image without a file"] if n not in content), None)
+        if missing:
+            raise InputError(f"{path} has no labels for {missing}")
+        lists = {i: content[name] for i, name in enumerate(names)}
+    right = torch.zeros(len(images), len(classes), dtype=torch.bool)
+    for i, numbers in lists.items():
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if not isinstance(number, int) or not 0 <= number < len(classes):
+                raise InputError(f"{path}: expected lists of numbers from 0 to {len(classes) - 1}, found {number!r}")
+            right[i, number] = True
+    return right
+
+
+def robust(classifier, images, right, run, among=None):
+    """Top-1 accuracy of a trained classifier on other images of its classes (MAE-CT B.3, Table 17; CAN 4.4, Figure 5).
+
+    Args:
+        classifier: a Classifier; right [N, C] bool: the classes that count as right for each image; images without any
+            are skipped; among [C] bool: predictions are made among these classes only. The papers are silent; among the
+            classes of the set is how the authors of ImageNet-R and -A measure, and the same for ObjectNet; for
+            ImageNet-V2, -Sketch and ReaL it is no restriction.
+    Returns:
+        {"accuracy": percent, "images": how many count, "classes": how many are predicted among}.
+    Raises:
+        InputError: no image has a class.
+    """
+    kept = right.any(1).nonzero()[:, 0]
+    if not len(kept):
+        raise InputError("none of the images has a label that counts")
+    among = torch.ones(right.shape[1], dtype=torch.bool) if among is None else among
+    images = dataclasses.replace(images.subset(kept), labels=right[kept])
+    logits, right = outputs(classifier, images, classifier.encoder.config["image_size"], run)
+    predicted = logits.masked_fill(~among.to(run.device), -math.inf).argmax(1, keepdim=True)
+    return {
+        "accuracy": 100 * right.gather(1, predicted).double().mean().item(),
+        "images": len(right),
+        "classes": int(among.sum()),
+    }
+
+
+def class_folders(path):
+    """The images of a folder of class folders; of its val/ or test/ where it has one; or a built-in or torchvision set's
+    validation images."""
+    if not Path(path).is_dir() or any((Path(path) / n).is_dir() for n in ("val", "test")):
+        return load_images(path, "val")
+    try:
+        found = torchvision.datasets.ImageFolder(path)
+    except OSError as e:
+        raise InputError(f"{path}: expected one folder of images per class ({e})") from e
+    files, labels = zip(*found.samples)
+    return Images(torch.tensor(labels), found.classes, files=np.array([os.fsencode(file) for file in files]))
+
+
+def run_robust(args, encoder, run):
+    """Subcommand robust, on each folder of --sets (or --data) and, with --real, on the validation images of --data."""
+    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder)
+    mapping, result = args.mapping and read_json(args.mapping, "expected {folder: class or list of classes}"), {}
+    for name in args.sets or [args.data]:
+        images = class_folders(name)
+        held = matched(images.classes, classifier.classes, mapping)
+        result[name] = robust(classifier, images, held[images.labels], run, held.any(0))
+    if args.real:
+        images = load_images(args.data, "val", labels=False)
+        right = real_labels(images, read_json(args.real, "expected ReaL's lists of class numbers", (list, dict)), classifier.classes, args.real)
+        result["ReaL"] = robust(classifier, images, right, run)
+    return result
+
+
+def several_labels(logits, y):
+    """Loss of probes side by side where images have several labels: sigmoid and binary cross-entropy, summed over classes.
+
+    logits [P, n, C]; y [n, C] is 1, 0, or −1 where it does not count. Returns [P].
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits).expand_as(logits), reduction="none")
+    return (losses * (y >= 0)).sum(2).mean(1)
+
+
+def mean_average_precision(logits, y):
+    """VOC2007's own measure in percent, as ViC-MAE's predecessors report it (the paper itself is silent): the mean over
+    classes of the 11-point interpolated average precision (Everingham et al. 2010, 4.2).
+
+    logits [N, C]; y [N, C] is 1, 0, or −1 where an image does not count for the class ("difficult"). A class that no image
+    has does not count.
+    """
+    values = []
+    for score, label in zip(logits.T, y.T):
+        label = label[label >= 0][score[label >= 0].argsort(descending=True, stable=True)].double()
+        if label.any():
+            found = label.cumsum(0)
+            recall, precision = found / found[-1], found / torch.arange(1, len(label) + 1, device=y.device)
+            # rounding must not keep a recall of 0.3 from reaching 0.3
+            values.append(sum(precision[recall >= t / 10 - 1e-9].max().item() for t in range(11)) / 11)
+    return 100 * sum(values) / len(values)
+
+
+def mean_per_class(logits, y):
+    """Accuracy in percent, every class of y [N] counting the same; logits [N, C]."""
+    right = (logits.argmax(1) == y).double()
+    return 100 * torch.stack([right[y == c].mean() for c in y.unique()]).mean().item()
+
+
+def transfer(encoder, train, val, run):
+    """Linear probing of another data set (MIM-Refiner C.8, Table 8; ViC-MAE Table 3), by DINOv2's grid on cached,
+    unaugmented features; batch 256: chosen.
+
+    Returns accuracies in percent: {"accuracy", "mean per class"}, or {"mAP"} where images have several labels. Table 8
+    reports accuracy. ViC-MAE leaves its metrics open; its predecessors (Kornblith et al. 2019, Table 1) take the mean per
+    class for Aircraft, Pets, Caltech101 and Flowers, and VOC2007's mAP.
+    """
+    several = dict(loss=several_labels, score=mean_average_precision) if train.labels.ndim == 2 else {}
+    result, classifier = linear_probe(encoder, train, val, run, "dinov2", batch=256, cached=True, **several)
+    if several:
+        return {"mAP": result["probe"]}
+    logits, y = outputs(classifier, val, encoder.config["image_size"], run)
+    return {"accuracy": result["probe"], "mean per class": mean_per_class(logits, y)}
+
+
+def average_rank(values):
+    """Average over data sets of each encoder's rank among the encoders, 1 is best (MIM-Refiner Table 8); values
+    [encoders, sets]. Encoders that tie share the mean of their ranks."""
+    return rankdata(-np.asarray(values), axis=0).mean(1).tolist()
+
+
+def run_transfer(args, encoder, run):
+    """Subcommand transfer, on each of --sets (or --data), for the encoder and those that it is compared --against."""
+    paths, sets = [str(args.encoder), *args.against], args.sets or [args.data]
+    if len(set(paths)) < len(paths) or len(set(sets)) < len(sets):
+        raise InputError("an encoder or a data set is named twice")
+    others = [load_encoder(path, args.image_size) for path in args.against]
+    loaded = []
+    for name in sets:
+        voc = name.lower() == "voc2007"
+        loaded.append([load_voc2007(s) for s in ("train", "val")] if voc else splits(argparse.Namespace(data=name)))
+    result, values = {}, []
+    for path, encoder in zip(paths, [encoder, *others]):
+        encoder.pool = args.pool or encoder.pool
+        encoder.to(run.device).requires_grad_(False)
+        scores = {name: transfer(encoder, train, val, run) for name, (train, val) in zip(sets, loaded)}
+        result[path] = {f"{name} {metric}": v for name, found in scores.items() for metric, v in found.items()}
+        values.append([next(iter(found.values())) for found in scores.values()])
+    for path, average in zip(paths, average_rank(values)):
+        result[path]["rank"] = average
+    return result
+
+
 # --------------------------------------------------------------------------------------------------------- segmentation
 
 SEGMENT_LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # C.8: a reduced grid; this is the authors' code's
@@ -1420,6 +1629,14 @@ def main(argv):
     flag = command(run_segment, segment)
     flag("--epochs", type=int, default=50)
     flag("--batch", type=int, default=16)
+    flag = command(run_robust, robust)
+    flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
+    flag("--sets", nargs="+", metavar="FOLDER", help="instead of --data: folders with one folder of images per class")
+    flag("--mapping", type=Path, help="JSON {folder: class or list of classes}")
+    flag("--real", type=Path, help="ReaL labels of --data's validation images, JSON")
+    flag = command(run_transfer, transfer)
+    flag("--against", nargs="+", default=[], metavar="FILE", help="other encoders, for the average rank")
+    flag("--sets", nargs="+", metavar="SET", help="several instead of --data; also voc2007")
     args = check_numbers(parser.parse_args(argv))
 
     device = start()
