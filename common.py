@@ -1756,6 +1756,7 @@ def parse_settings(cls, presets, argv, description):
 LIMITS = (
     ("workers|gap", lambda v: v >= -1, "from -1"),
     ("seed", lambda v: 0 <= v < 2**63, "from 0, below 2^63"),
+    ("batch", lambda v: v >= 2, "from 2"),  # alone, a sample has nothing to be told from
     ("(projector_)?ema|warmup|lam|lambda_infonce|strength", lambda v: 0 <= v <= 1, "from 0 to 1"),
     (".*mask_ratio", lambda v: 0 <= v < 1, "from 0, below 1"),
     (".*(scale|crop)_min|layer_decay", lambda v: 0 < v <= 1, "above 0, up to 1"),

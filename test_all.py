@@ -1620,13 +1620,24 @@ def test_odd_images_are_read_right_or_skipped_and_named(tmp_path, capsys, name):
     [(crops, used)] = protocols.center_views(images, 16, CPU, 0, torch.arange(3))
     said = capsys.readouterr().err
     if isinstance(expected, str):
-        assert said.count(f"skipped {tmp_path / name}") == 2 and expected in said and skipped == {str(tmp_path / name): 1}
+        assert said.count(f"skipped {tmp_path / name}") == 2 and expected in said
+        assert skipped == {str(tmp_path / name): 1}
         assert odd not in used and odd not in trained.index
     else:
         for x, index in ((trained.views[0], trained.index), (crops, used)):
             difference = x[index == odd].int() - torch.tensor(expected)[:, None, None]
             assert difference.shape == (1, 3, 16, 16) and difference.abs().max() <= 1  # JPEG and WebP round
         assert said == "" and skipped == {}
+
+
+def test_of_a_line_of_pixels_the_middle_alone_is_enlarged():
+    line = Image.fromarray(pictures(1, 2, 500)[0].permute(1, 2, 0).numpy())
+    images = Images(torch.zeros(1), ["a"], dataset=[(line, 0)])
+    with mock.patch.object(common.v2, "resize", wraps=common.v2.resize) as resize:
+        [crop] = common.CenterCrop(28)(images, 0, 0)
+    assert resize.call_args.args[0].size == (32, 2)
+    whole = tv.center_crop(tv.resize(line, [32], InterpolationMode.BICUBIC), [28, 28])
+    assert (crop.int() - tv.pil_to_tensor(whole).int()).abs().max() <= 1
 
 
 def test_exif_turns_no_image(tmp_path):
@@ -1959,7 +1970,7 @@ def test_a_run_killed_twice_and_resumed_ends_with_the_same_bits(folders, unbroke
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(folders, unbroken, tmp_path, seed):
     """Twice: within the saving of a checkpoint, and at a random time."""
     dice, out = random.Random(seed), tmp_path / "run"
-    owner, name = dice.choice([("torch", "save"), ("os", "fsync"), ("os", "replace")])  # the file is empty, whole, in place
+    owner, name = dice.choice([("torch", "save"), ("os", "fsync"), ("os", "replace")])  # empty, whole, on its way
     kill_at(owner, name, dice.randint(3, 12), "", *TINY, "--data", folders / "flat", "--save_every", 1, "--out", out)
     command = [sys.executable, HERE / "mae_ct.py", "--out", out, "--resume"]
     program = subprocess.Popen([str(c) for c in command], env=quiet_environment(), stdout=subprocess.DEVNULL)
@@ -2169,7 +2180,8 @@ def test_sigterm_stops_every_program_at_a_checkpoint(folders, tmp_path, program)
 
     with mock.patch.object(common.Run, "optimize", optimize), pytest.raises(SystemExit) as end:
         main(*flags, "--data", folders / "flat", "--out", tmp_path / "run", program=program)
-    assert end.value.code == 0 and torch.load(tmp_path / "run" / "last.pt")["step"] == len(log_of(tmp_path / "run")) == 3
+    assert end.value.code == 0
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] == len(log_of(tmp_path / "run")) == 3
 
 
 def runaway(tmp_path, bad):
@@ -2940,8 +2952,8 @@ def test_refinement_is_a_plain_loop_over_heads(tmp_path, mim):
 
 REFINER = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --mae_batch 8 --batch 8
     --heads 2 --queue 32 --projector_hidden 16 --predictor_hidden 16 --head_dim 8 --k 4 --ema 0.9 --mae_epochs 3
-    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --warmup_epochs 1 --local_views 2 --local_size 8 --knn_every 1 --precision float32
-    --workers 0""".split()
+    --mae_warmup_epochs 1 --head_epochs 3 --epochs 3 --warmup_epochs 1 --local_views 2 --local_size 8 --knn_every 1
+    --precision float32 --workers 0""".split()
 
 
 def test_a_refinement_leaves_its_files_and_resumes_to_the_same(folders, tmp_path):
@@ -4933,6 +4945,7 @@ BAD = [
     ([*FLAT, "--head", "numbers.pt"], "numbers.pt does not fit this model"),
     ([*FLAT, "--decoder_heads", "3"], "width 16 is not divisible by 3 heads"),
     ([*FLAT, "--decoder_heads", "0"], "--decoder_heads 0: choose a number above 0"),
+    ([*FLAT, "--batch", "1"], "--batch 1: choose a number from 2"),
     ([*FLAT, "--mae_batch", "0"], "--mae_batch 0: choose a number above 0"),
     ([*FLAT, "--micro_batch", "-2"], "--micro_batch -2: choose a number from 0"),
     ([*FLAT, "--k", "0"], "--k 0: choose a number above 0"),
@@ -4971,11 +4984,11 @@ BAD = [
     (["--resume", "--out", "no/such"], "--resume needs --out"),
     (["--resume", "--out", "a_run"], "a_run/config.json does not fit this program (aug, "),
     (["--resume", "--out", "of_can"], "of_can/config.json does not fit this program"),
-    (["--resume", "--out", "newer"], "newer/config.json does not fit this program (shape): resume with the program and"),
+    (["--resume", "--out", "newer"], "newer/config.json does not fit this program (shape): resume with"),
     (["--resume", "--out", "no_json"], "no_json/config.json is not readable"),
     (["--resume", "--out", "no_object"], "no_object/config.json holds no JSON dict"),
     (["--resume", "--out", "wrong_type"], "wrong_type/config.json does not fit this program (batch)"),
-    (["--resume", "--out", "wrong_value"], "--batch -8: choose a number above 0"),
+    (["--resume", "--out", "wrong_value"], "--batch -8: choose"),
     (["--resume", "--out", "damaged_results"], "damaged_results/results.json is not readable"),
 ]
 BAD_REFINER = [
@@ -5128,8 +5141,9 @@ BAD_EVAL = [
 PROGRAMS = [(mae_ct, BAD), (can, BAD_CAN), (cmae, BAD_CMAE), (protocols, BAD_EVAL)]
 PROGRAMS += [(mim_refiner, [([*REFINER, "--data", "flat", *flags], fault) for flags, fault in BAD_REFINER])]
 PROGRAMS += [(p, [([*flags, "--data", "flat", "--init", "code.pt"], "code.pt holds more than tensors")])
-             for p, flags in ((mae_ct, TINY), (can, CAN), (cmae, CMAE_TINY), (mim_refiner, REFINER), (vicmae, VICMAE))]  # fmt: skip
-PROGRAMS += [(mae_ct, [([*FLAT, "--head", file], f"{file} holds more than tensors") for file in ("code.pt", "code.pkl")])]
+             for p, flags in ((can, CAN), (cmae, CMAE_TINY), (mim_refiner, REFINER), (vicmae, VICMAE))]  # fmt: skip
+CODE = [[flag, file] for flag in ("--init", "--head") for file in ("code.pt", "code.pkl")]
+PROGRAMS += [(mae_ct, [([*FLAT, *given], f"{given[1]} holds more than tensors") for given in CODE])]
 PROGRAMS += [(vicmae, [([*VICMAE, "--data", "flat", *flags], fault) for flags, fault in BAD_VICMAE])]
 
 
@@ -5201,7 +5215,8 @@ def test_a_batch_must_fit_the_processes(monkeypatch):
 @pytest.mark.parametrize("program, flags, fault", [
     ("mae_ct.py", [*TINY, "--data", "no/such"], "--data no/such"),
     ("eval.py", ["knn", "--encoder", "no_such.pt"], "no_such.pt: no such file"),
-    *(pytest.param(f"{p}.py", ["--lr", "nan"], "--lr nan: choose", marks=slow) for p in "mim_refiner can cmae vicmae".split()),
+    *(pytest.param(f"{p}.py", ["--lr", "nan"], "--lr nan: choose", marks=slow)
+      for p in ("mim_refiner", "can", "cmae", "vicmae")),
 ])  # fmt: skip
 def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path, program, flags, fault):
     command = [sys.executable, HERE / program, *flags]
