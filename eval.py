@@ -359,7 +359,8 @@ class Probes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(probes, classes))
 
     def forward(self, x):
-        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+        logits = F.linear(self.norm(x), self.weight.flatten(0, 1), self.bias.flatten())  # one product, not P
+        return logits.unflatten(1, self.bias.shape).transpose(0, 1)
 
     def classifier(self, encoder, classes, number, blocks=None, pool=None):
         """Probe `number` as a Classifier."""
@@ -497,7 +498,8 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
         stream = augmented_batches(function, train, size, batch, epochs, run, flip=how.flip)
     warmup = round(steps * how.warmup_epochs / how.epochs)
     result, probes, number = probe(stream, steps, warmup, len(train.classes), *test, batch, how.lrs, widths, how.lars)
-    n, p = sets[names.index(result.get("features", names[0]))]
+    result = {"features": names[0]} | result
+    n, p = sets[names.index(result["features"])]
     classifier = probes.classifier(encoder, train.classes, number, last_blocks(encoder, n) if n > 1 else None, p)
     return result | dict(recipe=recipe, epochs=epochs, batch=batch, cached=cached), classifier
 
