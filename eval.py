@@ -370,7 +370,8 @@ class Probes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(probes, classes))
 
     def forward(self, x):
-        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+        logits = F.linear(self.norm(x), self.weight.flatten(0, 1), self.bias.flatten())  # one product, not P
+        return logits.unflatten(1, self.bias.shape).transpose(0, 1)
 
     def classifier(self, encoder, classes, number, blocks=None, pool=None):
         """Probe `number` as a Classifier."""
@@ -505,7 +506,7 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     how = PROBE_RECIPES[recipe]
     epochs = how.epochs if epochs is None else epochs
     batch = min(how.batch if batch is None else batch, len(train))
-    check_batch(RunSettings(), train, batch)
+    check_batch(RunSettings(), train, batch, epochs)
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: choose at least 1")
     sets = [(n, p or pool or encoder.pool) for n, p in how.grid or [(last, pool)]]
@@ -522,7 +523,8 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     warmup = round(steps * how.warmup_epochs / how.epochs)
     result, probes, number = probe(stream, steps, warmup, len(train.classes), *test, batch, how.lrs, widths, how.lars,
                                    **other)  # fmt: skip
-    n, p = sets[names.index(result.get("features", names[0]))]
+    result = {"features": names[0]} | result
+    n, p = sets[names.index(result["features"])]
     classifier = probes.classifier(encoder, train.classes, number, last_blocks(encoder, n) if n > 1 else None, p)
     return result | dict(recipe=recipe, epochs=epochs, batch=batch, cached=cached), classifier
 
@@ -1023,7 +1025,7 @@ def run_blocks(args, encoder, run):
     over the largest one (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements."""
     train, val = splits(args)
     batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch)
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
     recipe = dict(epochs=args.epochs, batch=batch, lr=args.lr, dim=args.decoder_dim, heads=args.decoder_heads)
     result = dict(knn=knn_per_block(encoder, train, val, run))
     result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **recipe)
@@ -1517,7 +1519,7 @@ def run_segment(args, encoder, run):
     """Subcommand segment; draws the first validation images, their labels and what is predicted, in VOC's colours."""
     train, val = (load_annotated(args.data, split) for split in ("train", "val"))
     batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch)
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
     result, predict = segment(encoder, train, val, run, args.epochs, batch)
     shown = [[(0, i) for i in range(min(8, len(val)))]]
     ((x, labels),) = annotated_batches(val, shown, AnnotatedCrop(encoder.config["image_size"]), run)
