@@ -432,7 +432,7 @@ def recipe(name, dim):
 
         mae            as MAE-CT A.3 and MIM-Refiner C.9 use it: drop path 0.1 / 0.2 / 0.3 for B / L / H
         lowshot        10 % of ImageNet's labels: MAE-CT Table 12
-        crop_flip      1 % and 10 % for MAE-CT: A.3 (1e-2 for MAE's ViT-H); Table 14's first row: mae with --no-regularisers
+        crop_flip      1 % and 10 % of the labels for MAE-CT: A.3 (--lr 1e-2 for MAE's ViT-H)
         inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12
         can            CAN Table 10
         cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's; --lr 5e-4 after 300 epochs of pre-training
@@ -441,7 +441,8 @@ def recipe(name, dim):
         vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
         shapes         mae for the built-in images in a minute or two: chosen
 
-    What a table does not list is off, optimiser and schedule are MAE's.
+    Optimiser and schedule are MAE's; what a table of low-shot or partial fine-tuning does not list is off. MAE-CT's Table
+    14: --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
     """
     large = dict(epochs=50, warmup=0.1) if dim >= 1024 else {}  # ViT-L and larger: 5 of 50 epochs
     drop_path = 0.1 if dim < 1024 else 0.2 if dim < 1280 else 0.3
@@ -484,7 +485,7 @@ def enhance(operation):
 def rotate(x, m):
     """Rotation by up to 30 degrees."""
     angle = math.pi / 6 * m
-    return warp(x, angle.cos(), angle.sin(), 0.0, -angle.sin(), angle.cos())
+    return warp(x, angle.cos(), -angle.sin(), 0.0, angle.sin(), angle.cos())
 
 
 def posterize(x, m):
@@ -590,13 +591,13 @@ def mix(x, target, noise, s):
     """
     u, size = noise.double(), x.shape[-1]
     cut = u[:, 0] < (s.switch_prob if s.mixup and s.cutmix else float(s.cutmix > 0))
-    alpha = torch.where(cut, s.cutmix, s.mixup).clamp(min=1e-3).numpy()
+    alpha = np.where(cut, s.cutmix, s.mixup)
     lam = torch.from_numpy(betaincinv(alpha, alpha, u[:, 1].numpy()))  # the beta distribution's inverse
     side = (size * (1 - lam).sqrt()).floor()
-    low, high = ((u[:, 2:4] * size).floor() + offset[:, None] for offset in (-(side // 2).floor(), ((side + 1) // 2).floor()))
+    start = (u[:, 2:4] * size).floor() - (side // 2)[:, None]  # the box's middle is anywhere in the image
     at = torch.arange(size)
-    inside = [(at >= a[:, None]) & (at < b[:, None]) for a, b in zip(low.T, high.T)]  # rows and columns, [N, S] each
-    box = inside[0][:, :, None] & inside[1][:, None]
+    rows, columns = ((at >= v[:, None]) & (at < (v + side)[:, None]) for v in start.T)  # [N, S] each
+    box = rows[:, :, None] & columns[:, None]
     own = torch.where(cut[:, None, None], (~box).double(), lam[:, None, None])  # [N, S, S]: weight of the own pixel
     own = torch.where((u[:, 4] < s.mix_prob)[:, None, None], own, 1.0).to(x)
     neighbour = torch.arange(len(x), device=x.device) ^ 1
@@ -628,10 +629,12 @@ def check_tuning(s, encoder):
     if s.epochs <= 0 or s.lr <= 0:
         raise InputError(f"--epochs {s.epochs} --lr {s.lr}: choose numbers above 0")
     for name in ("warmup", "drop_path", "label_smoothing", "mix_prob", "switch_prob", "erasing"):
-        if not 0 <= getattr(s, name) <= 1 or s.drop_path == 1:
-            raise InputError(f"--{name} {getattr(s, name)}: choose a number from 0 to 1")
-    if min(s.randaugment, s.mixup, s.cutmix, s.weight_decay) < 0 or not 0 <= s.magnitude <= 10 or not 0 < s.layer_decay <= 1:
-        raise InputError("--randaugment, --mixup, --cutmix and --weight_decay count from 0, --magnitude 0 to 10, --layer_decay to 1")
+        if not 0 <= getattr(s, name) <= 1 - (name == "drop_path") * 1e-6:
+            raise InputError(f"--{name} {getattr(s, name)}: choose a number from 0 to 1, a drop path below it")
+    if min(s.randaugment, s.mixup, s.cutmix, s.weight_decay) < 0:
+        raise InputError("--randaugment, --mixup, --cutmix and --weight_decay: choose 0 or more")
+    if not 0 <= s.magnitude <= 10 or not 0 < s.layer_decay <= 1:
+        raise InputError(f"--magnitude {s.magnitude} --layer_decay {s.layer_decay}: choose up to 10 and above 0, up to 1")
     if (s.mixup or s.cutmix) and s.batch // world() % 2:
         raise InputError(f"--batch {s.batch}: Mixup and CutMix pair images, so a process's batch must be even")
 

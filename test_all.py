@@ -3659,13 +3659,13 @@ TORCHVISIONS = {  # of an image and a strength; where nothing else is said, as t
     "invert": lambda x, m: tv.invert(x),
     "rotate": lambda x, m: tv.rotate(x, 30 * m, InterpolationMode.BILINEAR, fill=[255 * v for v in common.MEAN]),
     "posterize": lambda x, m: tv.posterize(x, 4 - int(4 * abs(m))),
-    "solarize": lambda x, m: tv.solarize(x, 256 - int(256 * abs(m))),
+    "solarize": lambda x, m: tv.solarize(x, 256 - int(256 * abs(m))) if m else x,
     "color": lambda x, m: tv.adjust_saturation(x, max(0.1, 1 + 0.9 * m)),
     "contrast": lambda x, m: tv.adjust_contrast(x, max(0.1, 1 + 0.9 * m)),
     "brightness": lambda x, m: tv.adjust_brightness(x, max(0.1, 1 + 0.9 * m)),
     "sharpness": lambda x, m: tv.adjust_sharpness(x, max(0.1, 1 + 0.9 * m)),
-    "shear_x": lambda x, m: sheared(x, [math.degrees(math.atan(-0.3 * m)), 0.0]),
-    "shear_y": lambda x, m: sheared(x, [0.0, math.degrees(math.atan(-0.3 * m))]),
+    "shear_x": lambda x, m: sheared(x, [math.degrees(math.atan(0.3 * m)), 0.0]),
+    "shear_y": lambda x, m: sheared(x, [0.0, math.degrees(math.atan(0.3 * m))]),
     "translate_x": lambda x, m: shifted(x, m, 2),
     "translate_y": lambda x, m: shifted(x, m, 1),
 }
@@ -3695,9 +3695,14 @@ def test_operations_of_randaugment_are_torchvisions_with_a_strength_an_image(nam
         assert np.array_equal(found.numpy(), expected)
         return
     expected = torch.stack([TORCHVISIONS[name](i, m) for i, m in zip(x, strengths)])
-    # torchvision cuts fractions off where this rounds, the mean gray of the contrast too
-    levels = {"color": 1, "brightness": 1, "sharpness": 1, "contrast": 2, "rotate": 1, "shear_x": 1, "shear_y": 1}
-    assert (found.int() - expected.int()).abs().max() <= levels.get(name, 0)
+    # torchvision cuts fractions off where this rounds, those of the gray too
+    compared = torch.ones_like(x, dtype=torch.bool)
+    if name in ("rotate", "shear_x", "shear_y"):  # on its edge torchvision weighs the image twice: those pixels are left out
+        inside = torch.stack([TORCHVISIONS[name](torch.ones(3, 40, 40), m) for m in strengths])
+        compared = (inside == 1) | (inside == torch.tensor(common.MEAN)[:, None, None] * 255)
+        assert compared.float().mean() > 0.95
+    levels = {"color": 2, "brightness": 1, "sharpness": 1, "contrast": 2, "rotate": 1, "shear_x": 1, "shear_y": 1}
+    assert (found.int() - expected.int()).abs()[compared].max() <= levels.get(name, 0)
 
 
 def test_operations_and_their_strengths_are_timms():
@@ -3789,7 +3794,9 @@ def test_mixup_and_cutmix_mix_neighbours_and_their_labels(mixup, cutmix, mix_pro
 
 
 def test_a_step_of_fine_tuning_has_every_regulariser_where_it_belongs():
-    """Against a loop over images with timm's soft cross-entropy and layer-wise rates."""
+    """Against a loop over images with timm's soft cross-entropy."""
+    from timm.loss import SoftTargetCrossEntropy
+
     encoder, images = vit().float(), Images(torch.arange(16) % 4, list("abcd"), pixels=pictures(16, 32, 32))
     s = protocols.FineTuning(epochs=1, warmup=0, batch=8, lr=0.3, drop_path=0.4, erasing=0.6, weight_decay=0.2)
     gradients, real = [], common.average_gradients
@@ -3827,7 +3834,7 @@ def test_a_step_of_fine_tuning_has_every_regulariser_where_it_belongs():
                 if dice[i, b, 1] >= p:
                     tokens = tokens + block.mlp(block.norm2(tokens)) / (1 - p)
             smooth = 0.9 * target[i : i + 1] + 0.1 / 4
-            loss = loss + timm.loss.SoftTargetCrossEntropy()(head(tuned.norm(tokens)[:, 0]), smooth) / 8
+            loss = loss + SoftTargetCrossEntropy()(head(tuned.norm(tokens)[:, 0]), smooth) / 8
         optimizer.zero_grad()
         loss.backward()
         if step == 0:  # later ones differ by what AdamW makes of rounding errors
@@ -3985,7 +3992,7 @@ def test_one_frame_is_the_same_to_both_ways_of_seeing_a_clip():
     x, drop = normal(3, 1, 3, 32, 32), common.drop_path(0.4, uniform(("drop",), torch.arange(3), 3, 2)).double()
     assert error(joint(x), frames(x)) < 1e-12 and error(frames(x), frames.head(encoder(x[:, 0])[:, 1:].mean(1))) < 1e-12
     assert error(joint.feature(x, drop), frames.feature(x, drop)) < 1e-12
-    joint.time.weight.data += 1
+    joint.time.weight.data = normal(1, 32)
     assert error(joint(x), frames(x)) > 1e-3
 
 
