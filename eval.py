@@ -403,7 +403,7 @@ class FineTuning:
     """Settings of fine-tuning. The defaults are MAE's for a ViT-B (He et al. 2022, Table 9), which MAE-CT A.3,
     MIM-Refiner C.9 and CMAE 4.2 refer to; `recipe` changes what other tables and sizes change."""
 
-    blocks: int = -1  # last blocks that are tuned; -1: all, with stem and [CLS]; 0: the classifier alone
+    blocks: int = -1  # last blocks that are tuned; -1: all, with stem and [CLS]; 0: the classifier alone (CMAE 4.5)
     epochs: float = 100
     warmup: float = 0.05  # share of the steps: 5 epochs
     batch: int = 1024  # of all processes
@@ -439,7 +439,7 @@ def recipe(name, dim):
         partial        CMAE 4.5, "the settings of" He et al. 4.3, of which we keep crops and flips; with --blocks
         vicmae         ViC-MAE Table 8; Table 1
         vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
-        shapes         mae for the built-in images in a minute or two: chosen
+        shapes         the built-in images in a minute or two: chosen on MAE's encoder
 
     Optimiser and schedule are MAE's; what a table of low-shot or partial fine-tuning does not list is off. MAE-CT's Table
     14: --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
@@ -458,7 +458,7 @@ def recipe(name, dim):
         "partial": CROP_FLIP | dict(blocks=1, lr=5e-4, warmup=0.1, layer_decay=1.0, drop_path=0.0, label_smoothing=0.0),
         "vicmae": dict(cutmix=0.0, erasing=0.0),
         "vicmae_subset": CROP_FLIP,
-        "shapes": dict(epochs=5, warmup=0.1, batch=128, lr=2e-3),
+        "shapes": CROP_FLIP | dict(epochs=4, warmup=0.1, batch=128, lr=8e-3),
     }[name]
 
 
