@@ -593,9 +593,10 @@ def mix(x, target, noise, s):
     cut = u[:, 0] < (s.switch_prob if s.mixup and s.cutmix else float(s.cutmix > 0))
     alpha = np.where(cut, s.cutmix, s.mixup)
     lam = torch.from_numpy(betaincinv(alpha, alpha, u[:, 1].numpy()))  # the beta distribution's inverse
+    u, cut, lam = (v.to(x.device) for v in (u, cut, lam))
     side = (size * (1 - lam).sqrt()).floor()
     start = (u[:, 2:4] * size).floor() - (side // 2)[:, None]  # the box's middle is anywhere in the image
-    at = torch.arange(size)
+    at = torch.arange(size, device=x.device)
     rows, columns = ((at >= v[:, None]) & (at < (v + side)[:, None]) for v in start.T)  # [N, S] each
     box = rows[:, :, None] & columns[:, None]
     own = torch.where(cut[:, None, None], (~box).double(), lam[:, None, None])  # [N, S, S]: weight of the own pixel
@@ -1048,6 +1049,8 @@ def run_video(args, encoder, run):
         sets = [dataclasses.replace(v, labels=v.motions, classes=MOTIONS) for v in sets]
     built_in = dict(epochs=8, warmup=0.1, batch=64, lr=4e-3) if args.data == "moving_shapes" else {}  # chosen
     s = given_settings(args, sets[0], recipe("vicmae_subset", encoder.dim) | built_in)
+    args.temporal, args.spatial = (own if own is not None else default for own, default in zip(
+        (args.temporal, args.spatial), (3, 1) if built_in else (7, 3)))  # fmt: skip
     return video(encoder, *sets, run, s, args.frames, args.how, args.temporal, args.spatial)
 
 
@@ -1111,8 +1114,8 @@ def main(argv):
     flag("--how", choices=["frames", "joint"], default="joint")
     flag("--label", choices=["class", "motion"], default="class", help="motion: the second label of moving_shapes")
     flag("--frames", type=int, default=4, help="of a clip")
-    flag("--temporal", type=int, default=7, help="temporal views at test time (Section 4: 7 on Kinetics)")
-    flag("--spatial", type=int, default=3, help="spatial views of each")
+    flag("--temporal", type=int, help="temporal views at test time; default 7 (Section 4), moving_shapes 3")
+    flag("--spatial", type=int, help="spatial views of each; default 3, moving_shapes 1: its videos are square")
     for field in dataclasses.fields(FineTuning):
         if field.name not in ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing"):
             flag(f"--{field.name}", type=field.type, help="default: ViC-MAE Table 8 without RandAugment and Mixup")
