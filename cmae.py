@@ -35,7 +35,7 @@ from common import (
     normalize, parameter_groups, parse_settings, random_masking, rank, reconstruct, save_encoder, start, to_bytes,
     uniform, warmup_cosine, world,
 )  # fmt: skip
-from eval import evaluate, finetune
+from eval import FineTuning, evaluate, finetune, recipe
 
 
 @dataclass
@@ -310,7 +310,8 @@ def main(argv):
         if rank() == 0 and not file.exists():
             save_encoder(file, online.F_s)
         if val and method not in run.results:
-            tuned = finetune(online.F_s, train, val, run, 1, s.finetune_epochs, s.finetune_lr, s.finetune_batch)
+            given = dict(epochs=s.finetune_epochs, lr=s.finetune_lr, batch=s.finetune_batch, seed=0)
+            tuned, _ = finetune(online.F_s, train, val, run, FineTuning(**recipe("partial", online.F_s.dim) | given))
             run.report(method, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
     if rank() == 0 and not s.cost:
         picture(run.folder / "views.png", online, val or train, s, device)

@@ -28,19 +28,20 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
-from scipy.special import gammaln
+from scipy.special import betaincinv, gammaln
 from scipy.stats import rankdata
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, Parser, RandomCrops, RunSettings, STD,
-    SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
-    average_gradients, backward, batches, channels, check_batch, check_numbers, decode, draw, draw_curves,
-    draw_matrix, draw_points, gather, launch, load_encoder, load_file, load_images, load_splits, load_state,
-    load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank, read_json,
-    save_encoder, save_file, set_lr, start, to_bytes, uniform, warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RandomCrops, RunSettings,
+    STD, SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
+    average_gradients, backward, batches, blend, channels, check_batch, check_numbers, crop_boxes, decode, draw,
+    draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
+    load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
+    random_masking, rank, read_json, save_encoder, save_file, set_lr, start, to_bytes, uniform, warmup_cosine, world,
+    write_atomic,
 )  # fmt: skip
 
 
@@ -664,55 +665,347 @@ def run_lowshot(args, encoder, run):
 # ---------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def finetune(encoder, train, val, run, blocks, epochs, lr, batch=1024, seed=0):
-    """Partial fine-tuning (He et al. 2022, 4.3; CMAE 4.5): the last `blocks` blocks, the final norm and a linear
-    classifier on the pooled feature are trained, everything below is frozen. 0 blocks: the classifier alone.
+@dataclass
+class FineTuning:
+    """Settings of fine-tuning. The defaults are MAE's for a ViT-B (He et al. 2022, Table 9), which MAE-CT A.3,
+    MIM-Refiner C.9 and CMAE 4.2 refer to; `recipe` changes what other tables and sizes change."""
 
-    From He et al.'s Table 9: AdamW (betas 0.9, 0.999), weight decay 0.05, lr = base · batch / 256, a tenth of the steps
-    linear warm-up (there 5 epochs), then cosine; crops of 0.08-1 of the area and flips. The classifier starts at
-    normal(2e-5). None of the table's other regularisation: no layer-wise decay, mixup, cutmix, drop path, RandAugment.
+    blocks: int = -1  # last blocks that are tuned; -1: all, with stem and [CLS]; 0: the classifier alone (CMAE 4.5)
+    epochs: float = 100
+    warmup: float = 0.05  # share of the steps: 5 epochs
+    batch: int = 1024  # of all processes
+    lr: float = 1e-3  # at batch 256
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    randaugment: int = 2  # layers; 0: none
+    magnitude: float = 9.0  # of 10
+    mixup: float = 0.8  # alpha of the beta distribution; 0: none
+    cutmix: float = 1.0  # likewise
+    mix_prob: float = 1.0  # share of the pairs that are mixed: the authors' code
+    switch_prob: float = 0.5  # of these, the share of CutMix where both are on: the authors' code
+    erasing: float = 0.25  # probability: the authors' code
+    micro_batch: int = 0  # samples of one process at a time; 0: all
+    seed: int = 0
+
+
+CROP_FLIP = dict(randaugment=0, mixup=0.0, cutmix=0.0, erasing=0.0)
+RECIPES = ["mae", "lowshot", "crop_flip", "inat18", "can", "cmae", "partial", "vicmae", "vicmae_subset", "shapes"]
+
+
+def recipe(name, dim):
+    """What a recipe changes of FineTuning's defaults for an encoder of width `dim`, as a dict.
+
+        mae            as MAE-CT A.3 and MIM-Refiner C.9 use it: drop path 0.1 / 0.2 / 0.3 for B / L / H
+        lowshot        10 % of ImageNet's labels: MAE-CT Table 12
+        crop_flip      1 % and 10 % of the labels for MAE-CT: A.3 (--lr 1e-2 for MAE's ViT-H)
+        inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12
+        can            CAN Table 10
+        cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's; --lr 5e-4 after 300 epochs of pre-training
+        partial        CMAE 4.5, "the settings of" He et al. 4.3, of which we keep crops and flips; with --blocks
+        vicmae         ViC-MAE Table 8; Table 1
+        vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
+        shapes         the built-in images in a minute or two: chosen on MAE's encoder
+
+    Optimiser and schedule are MAE's; what a table of low-shot or partial fine-tuning does not list is off. MAE-CT's Table
+    14: --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
+    """
+    large = dict(epochs=50, warmup=0.1) if dim >= 1024 else {}  # ViT-L and larger: 5 of 50 epochs
+    drop_path = 0.1 if dim < 1024 else 0.2 if dim < 1280 else 0.3
+    size_decay = 0.75 if large else 0.65
+    lowshot = CROP_FLIP | large | dict(batch=512, layer_decay=size_decay)
+    return {
+        "mae": large | dict(drop_path=drop_path),
+        "lowshot": lowshot | dict(lr=3e-5, drop_path=0.0, randaugment=2),
+        "crop_flip": lowshot | dict(lr=1e-3, drop_path=drop_path),
+        "inat18": CROP_FLIP | dict(epochs=50, warmup=0.1, batch=256, drop_path=0.0),
+        "can": dict(lr=5e-4, weight_decay=0.005, layer_decay=0.65, mixup=0.0, cutmix=0.0),
+        "cmae": dict(lr=2.5e-4, drop_path=drop_path),
+        "partial": CROP_FLIP | dict(blocks=1, lr=5e-4, warmup=0.1, layer_decay=1.0, drop_path=0.0, label_smoothing=0.0),
+        "vicmae": dict(cutmix=0.0, erasing=0.0),
+        "vicmae_subset": CROP_FLIP,
+        "shapes": CROP_FLIP | dict(epochs=4, warmup=0.1, batch=128, lr=8e-3),
+    }[name]
+
+
+def sharpness(x, factor):
+    """torchvision's adjust_sharpness with a factor per sample: x [N, 3, H, W] in [0, 1], factor [N]."""
+    return blend(x, v2.adjust_sharpness(x, 0.0), factor)
+
+
+def warp(x, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+    """uint8 squares [N, 3, S, S] whose pixel at (u, v) is x's at (a u + b v + c, d u + e v + f), bilinear; u and v span
+    [-1, 1], the coefficients are [N] or numbers. What lies outside is ImageNet's mean: 0 once standardised."""
+    one = torch.ones(len(x), device=x.device)
+    matrix = torch.stack([one * m for m in (a, b, c, d, e, f)], 1).view(-1, 2, 3)
+    mean = channels(MEAN, x.device, torch.float32) * 255
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return (F.grid_sample(x - mean, grid, align_corners=False) + mean).round().byte()
+
+
+def enhance(operation):
+    """One of the blending operations at a factor from 0.1 to 1.9."""
+    return lambda x, m: (operation(x / 255, (1 + 0.9 * m).clamp(min=0.1)) * 255).round().byte()
+
+
+def rotate(x, m):
+    """Rotation by up to 30 degrees."""
+    angle = math.pi / 6 * m
+    return warp(x, angle.cos(), -angle.sin(), 0.0, angle.sin(), angle.cos())
+
+
+def posterize(x, m):
+    """Keeps the 4 highest bits, or fewer down to none."""
+    removed = 4 + (4 * m.abs()).int().view(-1, 1, 1, 1)
+    return (x.int() >> removed << removed).byte()
+
+
+def solarize(x, m):
+    """Inverts values from a threshold of 256 (none) down to 0."""
+    return torch.where(x < 256 - (256 * m.abs()).int().view(-1, 1, 1, 1), x, 255 - x)
+
+
+def solarize_add(x, m):
+    """Adds up to 110 to values below 128."""
+    return torch.where(x < 128, x + (110 * m.abs()).byte().view(-1, 1, 1, 1), x)
+
+
+# The operations of RandAugment, of uint8 images [N, 3, S, S] and their strengths m [N] in [-1, 1]; where a sign means
+# nothing, |m| counts. Those of MAE's code (timm's "increasing" list).
+RAND_AUGMENT = {
+    "autocontrast": lambda x, m: v2.autocontrast(x),
+    "equalize": lambda x, m: v2.equalize(x),
+    "invert": lambda x, m: 255 - x,
+    "rotate": rotate,
+    "posterize": posterize,
+    "solarize": solarize,
+    "solarize_add": solarize_add,
+    "color": enhance(adjust_saturation),
+    "contrast": enhance(adjust_contrast),
+    "brightness": enhance(adjust_brightness),
+    "sharpness": enhance(sharpness),
+    "shear_x": lambda x, m: warp(x, b=0.3 * m, c=0.3 * m),  # the upper left corner stays
+    "shear_y": lambda x, m: warp(x, d=0.3 * m, f=0.3 * m),
+    "translate_x": lambda x, m: warp(x, c=0.9 * m),  # 0.45 of the side, which is 2
+    "translate_y": lambda x, m: warp(x, f=0.9 * m),
+}
+
+
+def gaussian(u):
+    """Standard normal numbers from uniform ones of `uniform`, at most 5.4 deviations off."""
+    return torch.special.ndtri(u.clamp(min=2**-25))
+
+
+def rand_augment(x, noise, magnitude=9.0):
+    """RandAugment (Cubuk et al. 2020) as in MAE's code: timm's rand-m9-mstd0.5-inc1.
+
+    In each layer every image gets one of RAND_AUGMENT with probability 0.5, at a strength of normal(magnitude, 0.5) / 10
+    within [0, 1] and of either sign.
 
     Args:
-        encoder: a ViT, of which a copy is tuned; train, val: labelled Images; lr: base rate, at batch 256; batch: global.
-    Returns:
-        {"finetune": accuracy on val in percent after the last epoch, "blocks"}.
-    Raises:
-        InputError: more blocks than the encoder has.
+        x: uint8 [N, 3, S, S]; noise: [N, layers, 4] in [0, 1), on the CPU, where it is known which image gets what.
     """
-    if not 0 <= blocks <= encoder.depth:
-        raise InputError(f"--blocks {blocks}: expected 0 to {encoder.depth}, the encoder's blocks")
-    encoder = copy.deepcopy(encoder)
-    encoder.freeze(encoder.depth - blocks)
-    torch.manual_seed(seed)
-    classifier = nn.Linear(encoder.dim, len(train.classes)).to(run.device)
-    nn.init.normal_(classifier.weight, std=2e-5)
-    nn.init.zeros_(classifier.bias)
-    groups = parameter_groups(nn.ModuleList([encoder, classifier]), lr * batch / 256, 0.05)
-    optimizer = adamw(groups, betas=(0.9, 0.999))
+    x = x.clone()
+    for choice, sign, amount, applied in noise.permute(1, 2, 0):
+        m = (magnitude + 0.5 * gaussian(amount)).clamp(0, 10) / 10 * torch.where(sign < 0.5, -1, 1)
+        choice = (choice * len(RAND_AUGMENT)).long().masked_fill(applied >= 0.5, -1)
+        for i, operation in enumerate(RAND_AUGMENT.values()):
+            rows = (choice == i).nonzero()[:, 0]
+            if len(rows):
+                at = rows.to(x.device, non_blocking=True)
+                x[at] = operation(x[at], m[rows].to(x.device, non_blocking=True))
+    return x
+
+
+def random_erasing(x, noise, pixels, probability):
+    """Random erasing (Zhong et al. 2020), mode "pixel": a box of normal noise in some images.
+
+    Its area is uniform in (0.02, 1/3) of the image, the logarithm of its aspect ratio in (log 0.3, -log 0.3); the first
+    of ten tries that is smaller than the image is taken.
+
+    Args:
+        x: standardised [N, 3, S, S]; noise: [N, 23] in [0, 1), on the CPU; pixels: a function from row numbers [n], on
+        the CPU, to their noise [n, 3, S, S] in [0, 1); probability: of erasing.
+    """
+    size, log = x.shape[-1], math.log(0.3)
+    area = size**2 * (0.02 + (1 / 3 - 0.02) * noise[:, :10])
+    ratio = torch.exp(log - 2 * log * noise[:, 10:20])
+    h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [N, 10]
+    fits = (h < size) & (w < size)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)  # [N, 1]
+    top, left = (noise[:, 21:22] * (size - h + 1)).floor(), (noise[:, 22:] * (size - w + 1)).floor()
+    at = torch.arange(size)
+    inside = ((at >= top) & (at < top + h))[:, :, None] & ((at >= left) & (at < left + w))[:, None]  # [N, S, S]
+    rows = ((noise[:, 20] < probability) & fits.any(1)).nonzero()[:, 0]
+    if len(rows):
+        erased, inside = rows.to(x.device), inside[rows, None].to(x.device)
+        x[erased] = torch.where(inside, gaussian(pixels(rows)).to(x), x[erased])
+    return x
+
+
+def mix(x, target, noise, s):
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of neighbours: the images in rows 2i and 2i + 1 of the global
+    batch are mixed with each other, so that none crosses from one process to another.
+
+    Args:
+        x: [N, 3, S, S], N even; target: [N, C]; noise: [N, 5] in [0, 1), on the CPU, alike in both rows of a pair;
+        s: FineTuning.
+    Returns:
+        lam · x + (1 - lam) · neighbour, lam ~ Beta(alpha, alpha) the same for both; or x with a box of the neighbour,
+        whose share of the area is 1 - lam where it does not reach over the edge; and the targets mixed by the shares.
+    """
+    u, size = noise.double(), x.shape[-1]
+    cut = u[:, 0] < (s.switch_prob if s.mixup and s.cutmix else float(s.cutmix > 0))
+    alpha = np.where(cut, s.cutmix, s.mixup)
+    lam = torch.from_numpy(betaincinv(alpha, alpha, u[:, 1].numpy()))  # the beta distribution's inverse
+    u, cut, lam = (v.to(x.device) for v in (u, cut, lam))
+    side = (size * (1 - lam).sqrt()).floor()
+    start = (u[:, 2:4] * size).floor() - (side // 2)[:, None]  # the box's middle is anywhere in the image
+    at = torch.arange(size, device=x.device)
+    rows, columns = ((at >= v[:, None]) & (at < (v + side)[:, None]) for v in start.T)  # [N, S] each
+    box = rows[:, :, None] & columns[:, None]
+    own = torch.where(cut[:, None, None], (~box).double(), lam[:, None, None])  # [N, S, S]: weight of the own pixel
+    own = torch.where((u[:, 4] < s.mix_prob)[:, None, None], own, 1.0).to(x)
+    neighbour = torch.arange(len(x), device=x.device) ^ 1
+    own, share = own[:, None], own.mean((1, 2))[:, None]
+    return own * x + (1 - own) * x[neighbour], share * target + (1 - share) * target[neighbour]
+
+
+def regularized(stream, classes, s):
+    """Batches of `batches` as fine-tuning sees them: yields (x standardised [n, 3, S, S], targets [n, classes], rows [n])."""
+    for step, data in enumerate(stream):
+        noise = lambda name, *shape: uniform((s.seed, step, name), data.rows, *shape)
+        x, target = data.views[0], F.one_hot(data.labels, classes)
+        if s.randaugment:
+            x = rand_augment(x, noise("randaugment", s.randaugment, 4), s.magnitude)
+        x = augment(x)
+        target = target.to(x)
+        if s.erasing:
+            pixels = lambda at: uniform((s.seed, step, "erased"), data.rows[at], *x.shape[1:], device=x.device)
+            x = random_erasing(x, noise("erasing", 23), pixels, s.erasing)
+        if s.mixup or s.cutmix:
+            x, target = mix(x, target, uniform((s.seed, step, "mix"), data.rows // 2, 5), s)
+        yield x, target, data.rows
+
+
+def check_tuning(s, encoder):
+    """Raises InputError for settings of fine-tuning that cannot work."""
+    if not -1 <= s.blocks <= encoder.depth:
+        raise InputError(f"--blocks {s.blocks}: expected 0 to {encoder.depth}, the encoder's blocks, or -1 for all of it")
+    if s.epochs <= 0 or s.lr <= 0:
+        raise InputError(f"--epochs {s.epochs} --lr {s.lr}: choose numbers above 0")
+    for name in ("warmup", "drop_path", "label_smoothing", "mix_prob", "switch_prob", "erasing"):
+        if not 0 <= getattr(s, name) <= 1 - (name == "drop_path") * 1e-6:
+            raise InputError(f"--{name} {getattr(s, name)}: choose a number from 0 to 1, a drop path below it")
+    if min(s.randaugment, s.mixup, s.cutmix, s.weight_decay) < 0:
+        raise InputError("--randaugment, --mixup, --cutmix and --weight_decay: choose 0 or more")
+    if not 0 <= s.magnitude <= 10 or not 0 < s.layer_decay <= 1:
+        raise InputError(f"--magnitude {s.magnitude} --layer_decay {s.layer_decay}: choose up to 10 and above 0, up to 1")
+    if (s.mixup or s.cutmix) and s.batch // world() % 2:
+        raise InputError(f"--batch {s.batch}: Mixup and CutMix pair images, so a process's batch must be even")
+
+
+def tune(classifier, feature, stream, steps, per_epoch, accuracy, s, run):
+    """The loop of fine-tuning (He et al. Table 9): AdamW with betas 0.9 and 0.999, lr · batch / 256, linear warm-up, cosine
+    to 0, layer-wise decay and drop path in the encoder, cross-entropy with smoothed labels. No EMA.
+
+    Args:
+        classifier: has `encoder`, `head` and what else is new; feature: (x, drop) -> [n, D], what the head reads;
+        stream: `steps` batches of (x [n, …], targets [n, C], rows [n]); accuracy: () -> percent on val; s: FineTuning.
+    Returns:
+        {"finetune": accuracy after the last epoch, "finetune_by_epoch": [accuracy, …]} (CMAE Figure 4b).
+    """
+    encoder, new = classifier.encoder, nn.ModuleList(m for name, m in classifier.named_children() if name != "encoder")
+    peak = s.lr * s.batch / 256
+    groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
+    optimizer, by_epoch = adamw(groups, betas=(0.9, 0.999)), []
     parameters = [p for group in groups for p in group["params"]]
-    steps, views = round(epochs * (len(train) // batch)), [View(encoder.config["image_size"], (0.08, 1.0))]
 
-    def encode(x, y):
-        return (), F.cross_entropy(promote(classifier(encoder.pooled(encoder(x)))), y, reduction="none")
+    def encode(x, target, drop):
+        logits = promote(classifier.head(feature(x, drop)))
+        return (), F.cross_entropy(logits, target, reduction="none", label_smoothing=s.label_smoothing)
 
-    for step, data in enumerate(batches(train, views, batch, 0, steps, seed, run.device, run.workers, {})):
-        backward(encode, None, (augment(data.views[0]), data.labels), precision=run.precision)
+    for step, (x, target, rows) in enumerate(progress(stream, steps, "steps")):
+        drop = None
+        if s.drop_path:
+            drop = drop_path(s.drop_path, uniform((s.seed, step, "drop"), rows, encoder.depth, 2, device=x.device))
+        backward(encode, None, (x, target, drop), s.micro_batch, run.precision)
         average_gradients(parameters)
-        set_lr(optimizer, warmup_cosine(step, steps, steps / 10))
+        set_lr(optimizer, warmup_cosine(step, steps, steps * s.warmup))
         optimizer.step()
         optimizer.zero_grad()
-    x, y = features(encoder, val, run)
-    with torch.no_grad():
-        right = (classifier(x).argmax(1) == y).float().mean()
-    return {"finetune": 100 * right.item(), "blocks": blocks}
+        if (step + 1) % per_epoch == 0 or step + 1 == steps:
+            by_epoch.append(accuracy())
+            print0(f"epoch {len(by_epoch)}: {by_epoch[-1]:.2f}")
+    return {"finetune": by_epoch[-1], "finetune_by_epoch": by_epoch}
+
+
+def finetune(encoder, train, val, run, s):
+    """Fine-tuning of an encoder (He et al. 2022, A.1; MAE-CT A.3), of its last `s.blocks` blocks with the final norm (He et
+    al. 4.3; CMAE 4.5), or, with 0 blocks, of the classifier alone.
+
+    The classifier is linear on the encoder's own pooled feature (MAE's code: patch mean under a norm of its own) and
+    starts at normal(2e-5). Crops of 0.08-1 of the area, flips, then what `s` asks for.
+
+    Args:
+        encoder: a ViT, of which a copy is tuned; train, val: labelled Images; s: FineTuning.
+    Returns:
+        what `tune` returns and {"blocks"}; the Classifier after the last epoch.
+    Raises:
+        InputError: settings that cannot work, such as more blocks than the encoder has.
+    """
+    check_tuning(s, encoder)
+    encoder, size = copy.deepcopy(encoder), encoder.config["image_size"]
+    encoder.freeze(encoder.depth - s.blocks if s.blocks >= 0 else 0)
+    torch.manual_seed(s.seed)
+    classifier = Classifier(encoder, train.classes).to(run.device)
+    nn.init.normal_(classifier.head.weight, std=2e-5)
+    nn.init.zeros_(classifier.head.bias)
+    per_epoch = len(train) // s.batch
+    steps = max(1, round(s.epochs * per_epoch))
+    stream = batches(train, [View(size, (0.08, 1.0))], s.batch, 0, steps, s.seed, run.device, run.workers, {})
+    stream = regularized(stream, len(train.classes), s)
+
+    def accuracy():
+        logits, y = outputs(classifier, val, size, run)
+        return 100 * (logits.argmax(1) == y).float().mean().item()
+
+    feature = lambda x, drop: encoder.pooled(encoder(x, drop=drop))
+    result = tune(classifier, feature, stream, steps, per_epoch, accuracy, s, run)
+    return result | {"blocks": s.blocks}, classifier
+
+
+def given_settings(args, train, base):
+    """FineTuning from a recipe's dict and the flags that were given; a batch larger than the set becomes the set's size."""
+    names = [f.name for f in dataclasses.fields(FineTuning)]
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    s = FineTuning(**base | given)
+    if "batch" not in given:
+        s.batch = min(s.batch, len(train) // (2 * world()) * 2 * world())
+    check_batch(RunSettings(data=args.data, micro_batch=s.micro_batch), train, s.batch)
+    vars(args).update(dataclasses.asdict(s))  # for the JSON
+    return s
 
 
 def run_finetune(args, encoder, run):
-    """Subcommand finetune."""
+    """Subcommand finetune; writes finetuned.pt, the classifier after the last epoch, beside the encoder."""
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise InputError(f"--fraction {args.fraction}: expected more than 0 and at most 1")
+    if args.fraction and args.list:
+        raise InputError("--fraction and --list: choose one")
     train, val = splits(args)
-    batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
-    return finetune(encoder, train, val, run, args.blocks, args.epochs, args.lr, batch)
+    if args.list:
+        train = train.subset(listed(train, args.list))
+    elif args.fraction:
+        train = train.subset(drawn(train.labels, fraction=args.fraction, seed=args.seed or 0))
+    args.recipe = args.recipe or ("shapes" if args.data == "shapes" else "mae")
+    s = given_settings(args, train, recipe(args.recipe, encoder.dim))
+    result, classifier = finetune(encoder, train, val, run, s)
+    if rank() == 0:
+        classifier.save(args.encoder.parent / "finetuned.pt", with_encoder=True)
+    return {"images": len(train)} | result
 
 
 # ------------------------------------------------------------------------------------------------------ clustering
@@ -1534,6 +1827,150 @@ def run_segment(args, encoder, run):
 
 # ---------------------------------------------------------------------------------------------------------------- video
 
+# How a 2-D ViT sees a clip, how clips are drawn and what regularises the fine-tuning, ViC-MAE does not say: all of it is
+# chosen here. From the paper are multi-view testing (Section 4) and, for the optimiser, Table 8.
+
+
+@dataclass
+class Clips:
+    """Cuts clips of `frames` frames, uint8 [frames, 3, size, size], from a video: called in the workers.
+
+    Frame t of T is that at (t + offset) / T of the video. In training the offset, the crop (0.5-1 of the area, as in
+    ViC-MAE's pre-training) and the flip are one for the whole clip, drawn by (seed, epoch, index). At test time there are
+    `temporal` offsets, evenly spread, and for each `spatial` squares along the longer side.
+    """
+
+    frames: int
+    size: int
+    temporal: int = 0  # 0: one random clip
+    spatial: int = 1
+    seed: int = 0
+
+    def __call__(self, videos, epoch, index):
+        length, read = videos.open_clip(index)
+        draw = lambda name, count: uniform((self.seed, epoch, name), torch.tensor([index]), count)
+        offsets = [(k + 0.5) / self.temporal for k in range(self.temporal)] or [draw("clip", 1).item()]
+        views = []
+        for offset in offsets:
+            pictures = [read(int((t + offset) * length / self.frames)).convert("RGB") for t in range(self.frames)]
+            w, h = pictures[0].size
+            if self.temporal:
+                side, places = min(w, h), torch.linspace(0, 1, self.spatial) if self.spatial > 1 else torch.tensor([0.5])
+                boxes = [(round((h - side) * p), round((w - side) * p), side, side) for p in places.tolist()]
+            else:
+                boxes = crop_boxes(draw("crop", 22), h, w, (0.5, 1.0)).tolist()
+            for top, left, h, w in boxes:
+                cut = [p.resize((self.size,) * 2, Image.Resampling.BICUBIC, (left, top, left + w, top + h)) for p in pictures]
+                views.append(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in cut]))
+        if not self.temporal and draw("flip", 1).item() < 0.5:
+            views = [v.flip(-1) for v in views]
+        return views
+
+
+def standardized(clips):
+    """uint8 [N, T, 3, S, S] -> standardised, alike."""
+    return augment(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+
+
+class ClipClassifier(nn.Module):
+    """An encoder and a linear classifier of clips: standardised [N, T, 3, S, S] -> logits [N, C].
+
+    how: "frames": the mean of the frames' features; "joint": the patch tokens of all frames in one sequence behind one
+    [CLS], with a learned embedding a frame that starts at zero.
+    """
+
+    def __init__(self, encoder, classes, frames, how):
+        super().__init__()
+        self.encoder, self.how, self.head = encoder, how, nn.Linear(encoder.dim, classes)
+        if how == "joint":
+            self.time = nn.Embedding(frames, encoder.dim)
+            nn.init.zeros_(self.time.weight)
+
+    def feature(self, x, drop=None):
+        n, t = x.shape[:2]
+        if self.how == "frames":
+            drop = None if drop is None else drop.repeat_interleave(t, 0)
+            return self.encoder.pooled(self.encoder(x.flatten(0, 1), drop=drop)).unflatten(0, (n, t)).mean(1)
+        tokens = self.encoder.embed(x.flatten(0, 1)).unflatten(0, (n, t))  # [N, T, 1 + L, D]
+        patches = tokens[:, :, 1:] + self.time.weight[:, None]
+        tokens = torch.cat([tokens[:, 0, :1], patches.flatten(1, 2)], 1)  # [N, 1 + T · L, D]
+        for i, block in enumerate(self.encoder.stack()):
+            tokens = block(tokens, None if drop is None else drop[:, i])
+        return self.encoder.pooled(self.encoder.norm(tokens))
+
+    def forward(self, x):
+        feature = promote(self.feature(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(feature)
+
+
+@torch.no_grad()
+def multi_view(classifier, videos, cut, run, batch=32):
+    """Accuracy in percent of the average of all views' probabilities (ViC-MAE Section 4, "K x 3")."""
+    share = math.ceil(len(videos) / world())
+    mine = (rank() * share + torch.arange(share)) % len(videos)
+    keys = [[(0, i) for i in part.tolist()] for part in mine.split(batch)]
+    right = []
+    for views, used in progress(decode(videos, keys, cut, run.device, run.workers, {}), len(keys), "batches of videos"):
+        with autocast(run):
+            probabilities = sum(classifier(standardized(v)).softmax(1) for v in views)  # [n, C]
+        right.append(probabilities.argmax(1) == videos.labels.to(run.device)[used])
+    return 100 * gather(torch.cat(right))[: len(videos)].float().mean().item()
+
+
+def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatial=3):
+    """Fine-tuning on videos, or with s.blocks = 0 a probe, and multi-view testing (ViC-MAE Section 4).
+
+    Args:
+        encoder: a ViT, of which a copy is tuned; train, val: labelled Videos; s: FineTuning, of which the augmentation of
+        images is not used; frames, how: of `Clips` and `ClipClassifier`; temporal, spatial: views at test time.
+    Returns:
+        what `tune` returns, by the central view; "video", the accuracy of all views in percent.
+    """
+    check_tuning(s, encoder)
+    if min(frames, temporal, spatial) < 1:
+        raise InputError(f"--frames {frames} --temporal {temporal} --spatial {spatial}: choose at least 1 of each")
+    encoder, size = copy.deepcopy(encoder), encoder.config["image_size"]
+    encoder.freeze(encoder.depth - s.blocks if s.blocks >= 0 else 0)
+    torch.manual_seed(s.seed)
+    classifier = ClipClassifier(encoder, len(train.classes), frames, how).to(run.device)
+    nn.init.normal_(classifier.head.weight, std=2e-5)
+    nn.init.zeros_(classifier.head.bias)
+    if how == "joint":
+        classifier.time.requires_grad_(s.blocks != 0)  # else every block would compute gradients
+    per_epoch, n = len(train) // s.batch, s.batch // world()
+    steps, rows = max(1, round(s.epochs * per_epoch)), torch.arange(n) + rank() * n
+
+    def keys():
+        for epoch in range(math.ceil(steps / per_epoch)):
+            order = uniform((s.seed, epoch, "order"), torch.arange(len(train)), 1)[:, 0].argsort(stable=True)
+            for part in order.split(s.batch)[: min(per_epoch, steps - epoch * per_epoch)]:
+                yield [(epoch, i) for i in part[rows].tolist()]
+
+    labels = F.one_hot(train.labels, len(train.classes)).float().to(run.device)
+    stream = decode(train, keys(), Clips(frames, size, seed=s.seed), run.device, run.workers, {})
+    stream = ((standardized(views[0]), labels[index], rows) for views, index in stream)
+    central = lambda: multi_view(classifier, val, Clips(frames, size, 1), run)
+    result = tune(classifier, classifier.feature, stream, steps, per_epoch, central, s, run)
+    return {"video": multi_view(classifier, val, Clips(frames, size, temporal, spatial), run)} | result
+
+
+def run_video(args, encoder, run):
+    """Subcommand video."""
+    args.data = "moving_shapes" if args.data == "shapes" else args.data  # the built-in videos
+    sets = load_splits(args.data, labels=True, load=load_videos)
+    if sets[1] is None:
+        raise InputError(f"--data {args.data}: expected labelled videos, train/CLASS/VIDEO and val/CLASS/VIDEO")
+    if args.label == "motion":
+        if sets[0].motions is None:
+            raise InputError(f"--label motion: --data {args.data} has no second label, moving_shapes has")
+        sets = [dataclasses.replace(v, labels=v.motions, classes=MOTIONS) for v in sets]
+    built_in = dict(epochs=8, warmup=0.1, batch=64, lr=4e-3) if args.data == "moving_shapes" else {}  # chosen
+    s = given_settings(args, sets[0], recipe("vicmae_subset", encoder.dim) | built_in)
+    args.temporal, args.spatial = (own if own is not None else default for own, default in zip(
+        (args.temporal, args.spatial), (3, 1) if built_in else (7, 3)))  # fmt: skip
+    return video(encoder, *sets, run, s, args.frames, args.how, args.temporal, args.spatial)
+
 
 # ---------------------------------------------------------------------------------------------------------- main
 
@@ -1605,10 +2042,11 @@ def main(argv):
     flag("--normalization", choices=["standardize", "l2"], default="standardize")
     flag("--classes", type=Path, help="file that names the classes to cluster, one a line")
     flag = command(run_finetune, finetune)
-    flag("--blocks", type=int, default=1, help="last blocks to tune; 0: the classifier alone")
-    flag("--epochs", type=float, default=100, help="CMAE 4.2")
-    flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
-    flag("--batch", type=int, default=1024)
+    flag("--recipe", choices=RECIPES, help="default mae; shapes for the built-in images")
+    flag("--fraction", type=float, help="share of the training images, drawn class by class")
+    flag("--list", help="file with names of training images, one a line")
+    for field in dataclasses.fields(FineTuning):
+        flag(f"--{field.name}", type=field.type, help="default: the recipe's")
     flag = command(run_retrieve, run_retrieve)
     flag("--samples", type=int, default=8, help="rows of either picture")
     flag("--neighbours", type=int, default=9)
@@ -1639,6 +2077,15 @@ def main(argv):
     flag = command(run_transfer, transfer)
     flag("--against", nargs="+", default=[], metavar="FILE", help="other encoders, for the average rank")
     flag("--sets", nargs="+", metavar="SET", help="several instead of --data; also voc2007")
+    flag = command(run_video, video)
+    flag("--how", choices=["frames", "joint"], default="joint")
+    flag("--label", choices=["class", "motion"], default="class", help="motion: the second label of moving_shapes")
+    flag("--frames", type=int, default=4, help="of a clip")
+    flag("--temporal", type=int, help="temporal views at test time; default 7 (Section 4), moving_shapes 3")
+    flag("--spatial", type=int, help="spatial views of each; default 3, moving_shapes 1: its videos are square")
+    for field in dataclasses.fields(FineTuning):
+        if field.name not in ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing"):
+            flag(f"--{field.name}", type=field.type, help="default: ViC-MAE Table 8 without RandAugment and Mixup")
     args = check_numbers(parser.parse_args(argv))
 
     device = start()

@@ -399,7 +399,12 @@ def outcomes(folder):
     found["kmeans"] = protocols.kmeans(x, 3, runs=5)[0]
     images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
     found["transfer"] = protocols.transfer(encoder, images, images, protocols.Machine(CPU))
-    found["finetune"] = protocols.finetune(encoder, images, images, protocols.Machine(CPU), 1, 5, 2.0, batch=8)
+    s = protocols.FineTuning(epochs=2, batch=8, lr=1e-2, drop_path=0.3, erasing=0.5)  # and all other regularisers
+    found["finetune"], classifier = protocols.finetune(encoder, images, images, protocols.Machine(CPU), s)
+    found["finetuned"] = classifier.head.weight.detach()
+    s = protocols.FineTuning(**protocols.recipe("vicmae_subset", 32) | dict(epochs=2, batch=8, lr=1e-2, drop_path=0.3))
+    videos = tiny_videos()
+    found["video"] = protocols.video(encoder, videos, videos, protocols.Machine(CPU), s, 2, "joint", 2, 1)
     with contextlib.redirect_stdout(io.StringIO()):
         for micro_batch in (0, 2):
             for name, changes in STEPS.items():
@@ -521,7 +526,11 @@ def test_two_processes_evaluate_as_one(two, name):
     assert all(error(found[name], two[0][name]) < 1e-5 for found in two[1])
 
 
-@pytest.mark.parametrize("name", ["knn", "finetune", "transfer"])
+def test_fine_tuning_with_every_regulariser_ends_with_the_same_weights_on_two_processes(two):
+    assert all(error(found["finetuned"], two[0]["finetuned"]) < 1e-3 for found in two[1])  # 8 steps of AdamW in float32
+
+
+@pytest.mark.parametrize("name", ["knn", "finetune", "transfer", "video"])
 def test_accuracy_over_two_processes_is_that_of_one(two, name):
     assert two[1][0][name] == two[1][1][name] == two[0][name]
 
@@ -3478,7 +3487,7 @@ def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, t
     saved = torch.load(out / "encoder.pt")["model"]
     assert all(torch.equal(v, last[f"F_s.{k}"]) for k, v in saved.items()) and "patch_embed.down.0.weight" in saved
     for stage, file in (("mae", "mae.pt"), ("cmae", "encoder.pt")):
-        for protocol, flags in (("knn", []), ("finetune", "--blocks 1 --epochs 2 --batch 8 --lr 2.5e-4".split())):
+        for protocol, flags in (("knn", []), ("finetune", "--recipe partial --epochs 2 --batch 8 --lr 2.5e-4".split())):
             argv = [protocol, "--encoder", out / file, "--data", data, "--precision", "float32", "--workers", 0, *flags]
             main(*argv, program=protocols)
             written = json.loads((out / f"{protocol}.json").read_text())
@@ -4173,11 +4182,275 @@ def test_finetuning_trains_the_last_blocks_and_a_linear_classifier(blocks):
     real = nn.Linear.forward
     record = lambda self, x: logits.append(real(self, x)) or logits[-1]
     with mock.patch.object(nn.Linear, "forward", record):
-        found = protocols.finetune(encoder, images, images, protocols.Machine(CPU), blocks, 5, 2.0, batch=8)
+        s = protocols.FineTuning(**protocols.recipe("partial", 32) | dict(blocks=blocks, epochs=5, lr=2.0, batch=8))
+        found, _ = protocols.finetune(encoder, images, images, protocols.Machine(CPU), s)
     expected = finetuned(encoder, images, blocks)
     assert error(logits[-1], expected) < 1e-3  # after 20 steps of AdamW in float32
     assert found["finetune"] == pytest.approx(100 * (expected.argmax(1) == images.labels).float().mean().item())
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())  # a copy was tuned
+
+
+def test_recipes_are_those_of_the_tables():
+    settings = lambda name, dim=768: protocols.FineTuning(**protocols.recipe(name, dim))
+    row = lambda s: (s.epochs, s.warmup * s.epochs, s.batch, s.lr, s.weight_decay, s.layer_decay, s.drop_path)
+    augmentations = lambda s: (s.randaugment, s.mixup, s.cutmix, s.erasing)
+    every, none = (2, 0.8, 1.0, 0.25), (0, 0, 0, 0)
+    expected = {
+        ("mae", 768): ((100, 5, 1024, 1e-3, 0.05, 0.75, 0.1), every),
+        ("mae", 1024): ((50, 5, 1024, 1e-3, 0.05, 0.75, 0.2), every),
+        ("mae", 1280): ((50, 5, 1024, 1e-3, 0.05, 0.75, 0.3), every),
+        ("lowshot", 768): ((100, 5, 512, 3e-5, 0.05, 0.65, 0.0), (2, 0, 0, 0)),  # MAE-CT Table 12
+        ("lowshot", 1280): ((50, 5, 512, 3e-5, 0.05, 0.75, 0.0), (2, 0, 0, 0)),
+        ("crop_flip", 1280): ((50, 5, 512, 1e-3, 0.05, 0.75, 0.3), none),
+        ("inat18", 1024): ((50, 5, 256, 1e-3, 0.05, 0.75, 0.0), none),  # MIM-Refiner Table 12
+        ("can", 1024): ((100, 5, 1024, 5e-4, 0.005, 0.65, 0.1), (2, 0, 0, 0.25)),  # CAN Table 10
+        ("cmae", 768): ((100, 5, 1024, 2.5e-4, 0.05, 0.75, 0.1), every),
+        ("partial", 768): ((100, 10, 1024, 5e-4, 0.05, 1.0, 0.0), none),
+        ("vicmae", 768): ((100, 5, 1024, 1e-3, 0.05, 0.75, 0.1), (2, 0.8, 0, 0)),  # ViC-MAE Table 8
+        ("vicmae_subset", 768): ((100, 5, 1024, 1e-3, 0.05, 0.75, 0.1), none),
+    }
+    for (name, dim), (values, chosen) in expected.items():
+        s = settings(name, dim)
+        assert row(s) == pytest.approx(values) and augmentations(s) == chosen, (name, dim)
+        assert s.label_smoothing == (0 if name == "partial" else 0.1) and s.magnitude == 9
+    assert [settings(name).blocks for name in protocols.RECIPES].count(-1) == len(protocols.RECIPES) - 1
+
+
+STRENGTHS = [-1.0, -0.9, -0.31, 0.0, 0.42, 0.86, 1.0]
+TORCHVISIONS = {  # of an image and a strength; where nothing else is said, as torchvision's RandAugment calls it
+    "autocontrast": lambda x, m: tv.autocontrast(x),
+    "equalize": lambda x, m: tv.equalize(x),
+    "invert": lambda x, m: tv.invert(x),
+    "rotate": lambda x, m: tv.rotate(x, 30 * m, InterpolationMode.BILINEAR, fill=[255 * v for v in common.MEAN]),
+    "posterize": lambda x, m: tv.posterize(x, 4 - int(4 * abs(m))),
+    "solarize": lambda x, m: tv.solarize(x, 256 - int(256 * abs(m))) if m else x,
+    "color": lambda x, m: tv.adjust_saturation(x, max(0.1, 1 + 0.9 * m)),
+    "contrast": lambda x, m: tv.adjust_contrast(x, max(0.1, 1 + 0.9 * m)),
+    "brightness": lambda x, m: tv.adjust_brightness(x, max(0.1, 1 + 0.9 * m)),
+    "sharpness": lambda x, m: tv.adjust_sharpness(x, max(0.1, 1 + 0.9 * m)),
+    "shear_x": lambda x, m: sheared(x, [math.degrees(math.atan(0.3 * m)), 0.0]),
+    "shear_y": lambda x, m: sheared(x, [0.0, math.degrees(math.atan(0.3 * m))]),
+    "translate_x": lambda x, m: shifted(x, m, 2),
+    "translate_y": lambda x, m: shifted(x, m, 1),
+}
+
+
+def sheared(x, shear):
+    fill = [255 * v for v in common.MEAN]
+    return tv.affine(x, 0.0, [0, 0], 1.0, shear, InterpolationMode.BILINEAR, fill=fill, center=[0, 0])
+
+
+def shifted(x, m, dim):
+    """By whole pixels: `m` is made so."""
+    fill = torch.tensor([255 * v for v in common.MEAN]).round().byte()[:, None, None].expand_as(x)
+    pixels = round(0.45 * m * x.shape[dim])
+    return torch.cat([fill, x, fill], dim).narrow(dim, x.shape[dim] + pixels, x.shape[dim])
+
+
+@pytest.mark.parametrize("name", protocols.RAND_AUGMENT)
+def test_operations_of_randaugment_are_torchvisions_with_a_strength_an_image(name):
+    x, strengths = pictures(len(STRENGTHS), 40, 40), STRENGTHS
+    if name.startswith("translate"):
+        strengths = [round(0.45 * m * 40) / (0.45 * 40) for m in STRENGTHS]
+    found = protocols.RAND_AUGMENT[name](x, torch.tensor(strengths))
+    assert found.dtype == torch.uint8
+    if name == "solarize_add":  # by the formula of timm's
+        expected = [np.where(i < 128, i + int(110 * abs(m)), i) for i, m in zip(x.int().numpy(), strengths)]
+        assert np.array_equal(found.numpy(), expected)
+        return
+    expected = torch.stack([TORCHVISIONS[name](i, m) for i, m in zip(x, strengths)])
+    # torchvision cuts fractions off where this rounds, those of the gray too
+    compared = torch.ones_like(x, dtype=torch.bool)
+    if name in ("rotate", "shear_x", "shear_y"):  # on its edge torchvision weighs the image twice: those pixels are left out
+        inside = torch.stack([TORCHVISIONS[name](torch.ones(3, 40, 40), m) for m in strengths])
+        compared = (inside == 1) | (inside == torch.tensor(common.MEAN)[:, None, None] * 255)
+        assert compared.float().mean() > 0.95
+    levels = {"color": 2, "brightness": 1, "sharpness": 1, "contrast": 2, "rotate": 1, "shear_x": 1, "shear_y": 1}
+    assert (found.int() - expected.int()).abs()[compared].max() <= levels.get(name, 0)
+
+
+def test_operations_and_their_strengths_are_timms():
+    from timm.data import auto_augment
+
+    names = "AutoContrast Equalize Invert Rotate PosterizeIncreasing SolarizeIncreasing SolarizeAdd ColorIncreasing"
+    names += " ContrastIncreasing BrightnessIncreasing SharpnessIncreasing ShearX ShearY TranslateXRel TranslateYRel"
+    assert auto_augment._RAND_INCREASING_TRANSFORMS == names.split()
+    assert [n.replace("Increasing", "").replace("Rel", "").lower() for n in names.split()] == [
+        n.replace("_", "") for n in protocols.RAND_AUGMENT
+    ]
+    x = pictures(1, 40, 40)[0]
+    picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+    for timms, operation in zip(names.split(), protocols.RAND_AUGMENT.values()):
+        for level in (3, 9):
+            with mock.patch("random.random", lambda: 0.0):  # positive signs
+                argument = auto_augment.LEVEL_TO_ARG[timms]
+                args = argument(level, {}) if argument else ()
+            same = dict(resample=Image.Resampling.BILINEAR, fillcolor=tuple(round(255 * v) for v in common.MEAN))
+            expected = np.array(auto_augment.NAME_TO_OP[timms](picture, *args, **same)).transpose(2, 0, 1).astype(int)
+            found = [operation(x[None], torch.tensor([sign * level / 10]))[0].int().numpy() for sign in (1, -1)]
+            far = min((np.abs(f - expected) > 2).mean() for f in found)  # PIL does not blend the fill into the image
+            assert far < (0.1 if "X" in timms or "Y" in timms or timms == "Rotate" else 1e-3), (timms, level, far)
+
+
+def test_randaugment_gives_every_image_operations_of_its_own():
+    x, noise = pictures(60, 24, 24), uniform((0, "noise"), torch.arange(60), 2, 4)
+    noise[0, 0] = torch.tensor([0.99999, 0.7, 0.0, 0.2])  # the last operation, at the lowest amount there is
+    found, operations = protocols.rand_augment(x, noise, 9.0), list(protocols.RAND_AUGMENT.values())
+    used = set()
+    for i in range(60):
+        image = x[i : i + 1]
+        for choice, sign, amount, applied in noise[i].tolist():
+            if applied < 0.5:
+                strength = scipy.stats.norm.ppf(max(amount, 2**-25), loc=9, scale=0.5) / 10
+                strength = min(1.0, max(0.0, strength)) * (-1 if sign < 0.5 else 1)
+                image = operations[int(choice * 15)](image, torch.tensor([strength], dtype=torch.float32))
+                used.add(int(choice * 15))
+        assert (found[i].int() - image[0].int()).abs().max() <= 1, i
+    assert len(used) == 15 and torch.equal(x, pictures(60, 24, 24))
+
+
+def test_erasing_fills_boxes_of_some_images_with_noise():
+    x, noise = normal(200, 3, 32, 32), uniform((0, "erasing"), torch.arange(200), 23)
+    pixels = lambda rows: uniform((0, "pixels"), rows, 3, 32, 32)
+    found = protocols.random_erasing(x.clone(), noise, pixels, 0.25)
+    erased = 0
+    for i, u in enumerate(noise.tolist()):
+        expected = x[i].clone()
+        for a, r in zip(u[:10], u[10:20]) if u[20] < 0.25 else []:
+            area, ratio = (0.02 + a * (1 / 3 - 0.02)) * 32 * 32, 0.3 * (1 / 0.3**2) ** r
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < 32 and w < 32:
+                top, left = int(u[21] * (33 - h)), int(u[22] * (33 - w))
+                fresh = scipy.stats.norm.ppf(pixels(torch.tensor([i]))[0].double().clamp(min=2**-25))
+                expected[:, top : top + h, left : left + w] = torch.from_numpy(fresh)[:, top : top + h, left : left + w]
+                erased += 1
+                break
+        assert error(found[i], expected) < 1e-5, i
+    assert 30 < erased < 70
+
+
+@pytest.mark.parametrize("mixup, cutmix, mix_prob", [(0.8, 1.0, 1.0), (0.8, 0.0, 0.6), (0.0, 1.0, 1.0), (0.3, 0.5, 0.7)])
+def test_mixup_and_cutmix_mix_neighbours_and_their_labels(mixup, cutmix, mix_prob):
+    s = protocols.FineTuning(mixup=mixup, cutmix=cutmix, mix_prob=mix_prob)
+    x, target = normal(40, 3, 16, 16), F.one_hot(torch.arange(40) % 7, 7).double()
+    noise = uniform((0, "mix"), torch.arange(40) // 2, 5)
+    found, mixed = protocols.mix(x, target, noise, s)
+    kinds = collections.Counter()
+    for i, (kind, amount, row, column, applied) in enumerate(noise.double().tolist()):
+        other, image, lam = i + 1 - 2 * (i % 2), x[i].clone(), 1.0
+        cut = cutmix and (not mixup or kind < 0.5)
+        if applied < mix_prob:
+            lam = scipy.stats.beta.ppf(amount, *([cutmix if cut else mixup] * 2))
+            if cut:
+                side = int(16 * math.sqrt(1 - lam))
+                top, left = int(row * 16) - side // 2, int(column * 16) - side // 2
+                pixels = 0
+                for r in range(max(top, 0), min(top + side, 16)):
+                    for c in range(max(left, 0), min(left + side, 16)):
+                        image[:, r, c] = x[other, :, r, c]
+                        pixels += 1
+                lam = 1 - pixels / 256
+            else:
+                image = lam * image + (1 - lam) * x[other]
+        kinds[bool(cut), applied < mix_prob] += 1
+        assert error(found[i], image) < 1e-10 and error(mixed[i], lam * target[i] + (1 - lam) * target[other]) < 1e-10
+    assert len(kinds) == (1 + (mixup > 0 and cutmix > 0)) * (1 + (mix_prob < 1))
+
+
+def test_a_step_of_fine_tuning_has_every_regulariser_where_it_belongs():
+    """Against a loop over images with timm's soft cross-entropy."""
+    from timm.loss import SoftTargetCrossEntropy
+
+    encoder, images = vit().float(), Images(torch.arange(16) % 4, list("abcd"), pixels=pictures(16, 32, 32))
+    s = protocols.FineTuning(epochs=1, warmup=0, batch=8, lr=0.3, drop_path=0.4, erasing=0.6, weight_decay=0.2)
+    gradients, real = [], common.average_gradients
+    keep = lambda parameters: (gradients.append([p.grad.clone() for p in parameters]), real(parameters))[1]
+    with mock.patch.object(protocols, "average_gradients", keep):
+        _, classifier = protocols.finetune(encoder, images, images, protocols.Machine(CPU), s)
+
+    torch.manual_seed(0)
+    head = nn.Linear(32, 4)
+    nn.init.normal_(head.weight, std=2e-5), nn.init.zeros_(head.bias)
+    tuned = copy.deepcopy(encoder)
+    tuned.pos_embed.requires_grad_(False)
+    rate = lambda name: 0.75 ** (
+        0 if name.startswith(("norm", "head")) else 3 - int(name[7]) if name.startswith("blocks") else 4
+    )
+    parameters = dict(tuned.named_parameters()) | {f"head.{n}": p for n, p in head.named_parameters()}
+    parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+    decay = lambda name, p: 0.0 if p.ndim == 1 or name == "cls_token" else 0.2
+    groups = [dict(params=[p], weight_decay=decay(n, p), rate=rate(n)) for n, p in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    for step, data in enumerate(common.batches(images, [View(32, (0.08, 1))], 8, 0, 2, 0, CPU, 0, {})):
+        u = lambda name, *shape: uniform((0, step, name), torch.arange(8), *shape)
+        x = common.augment(protocols.rand_augment(data.views[0], u("randaugment", 2, 4)))
+        pixels = lambda at: uniform((0, step, "erased"), at, 3, 32, 32)
+        x = protocols.random_erasing(x, u("erasing", 23), pixels, 0.6)
+        target = F.one_hot(data.labels, 4).float()
+        x, target = protocols.mix(x, target, uniform((0, step, "mix"), torch.arange(8) // 2, 5), s)
+        dice, loss = u("drop", 3, 2), 0
+        for i in range(8):
+            tokens = tuned.embed(x[i : i + 1])
+            for b, block in enumerate(tuned.blocks):
+                p = [0, 0.2, 0.4][b]
+                if dice[i, b, 0] >= p:
+                    tokens = tokens + block.attn(block.norm1(tokens)) / (1 - p)
+                if dice[i, b, 1] >= p:
+                    tokens = tokens + block.mlp(block.norm2(tokens)) / (1 - p)
+            smooth = 0.9 * target[i : i + 1] + 0.1 / 4
+            loss = loss + SoftTargetCrossEntropy()(head(tuned.norm(tokens)[:, 0]), smooth) / 8
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:  # later ones differ by what AdamW makes of rounding errors
+            expected = {p.grad.shape: p.grad.abs().sum() for p in parameters.values()}
+            found = sorted(g.abs().sum().item() for g in gradients[0])
+            assert found == pytest.approx(sorted(p.grad.abs().sum().item() for p in parameters.values()), rel=1e-4)
+            assert len(expected) > 5
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3 * 8 / 256 * group["rate"] * (1, 0.5)[step]  # half a cosine over two steps
+        optimizer.step()
+    assert error(classifier.head.weight, head.weight) < 1e-3
+    for found, p in zip(classifier.encoder.parameters(), tuned.parameters()):
+        assert error(found, p) < 1e-2
+
+
+def tuned_by(folders, tmp_path, *flags):
+    """The JSON that `eval.py finetune` writes for a small encoder on labelled pictures."""
+    common.save_encoder(tmp_path / "encoder.pt", nano(image_size=16))
+    argv = ["finetune", "--encoder", tmp_path / "encoder.pt", "--data", folders / "labelled", "--epochs", 2, *flags]
+    printed = main(*argv, "--batch", 4, "--workers", 0, "--precision", "float32", program=protocols)
+    return json.loads((tmp_path / "finetune.json").read_text()), printed
+
+
+def test_a_tuned_classifier_is_read_again_with_its_accuracy(folders, tmp_path):
+    result, printed = tuned_by(folders, tmp_path, "--lr", "1e-2")
+    assert result["recipe"] == "mae" and result["images"] == 16 and len(result["finetune_by_epoch"]) == 2
+    assert f"epoch 2: {result['finetune']:.2f}" in printed and result["finetune"] == result["finetune_by_epoch"][1]
+    classifier = protocols.load_classifier(tmp_path / "finetuned.pt", common.load_encoder(tmp_path / "encoder.pt"))
+    _, val = common.load_splits(str(folders / "labelled"))
+    logits, y = protocols.outputs(classifier, val, 16, protocols.Machine(CPU))
+    assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["finetune"])
+    again = common.load_encoder(tmp_path / "finetuned.pt")  # as --encoder reads it
+    before = common.load_encoder(tmp_path / "encoder.pt")
+    assert not torch.equal(again.patch_embed.proj.weight, before.patch_embed.proj.weight)
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    size = dict(img_size=16, patch_size=8, embed_dim=128, depth=2, num_heads=4)
+    reference = timm.models.vision_transformer.VisionTransformer(**size, num_classes=0, norm_layer=norm)
+    reference.load_state_dict(torch.load(tmp_path / "finetuned.pt")["model"])
+    x = normal(2, 3, 16, 16).float()
+    assert error(classifier(x), classifier.head(reference.forward_features(x)[:, 0])) < 1e-5
+
+
+def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp_path):
+    names = ["a/000.png", "a/003.png", "b/001.png", "b/007.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    seen, real = [], protocols.batches
+    record = lambda images, *args: (seen.append(images), real(images, *args))[1]
+    with mock.patch.object(protocols, "batches", record):
+        assert tuned_by(folders, tmp_path, "--list", tmp_path / "list.txt")[0]["images"] == 4
+        assert tuned_by(folders, tmp_path, "--fraction", "0.25")[0]["images"] == 4
+    train, _ = common.load_splits(str(folders / "labelled"))
+    assert torch.equal(seen[0].pixels, train.pixels[[0, 3, 9, 15]]) and seen[1].labels.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["random", "near", "one cluster", "perfect", "more clusters"])
@@ -4911,6 +5184,97 @@ def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
 # ---------------------------------------------------------------------------------------------------------------- video
 
 
+def test_one_frame_is_the_same_to_both_ways_of_seeing_a_clip():
+    encoder = vit(pool="mean")
+    frames, joint = (protocols.ClipClassifier(encoder, 4, 1, how).double() for how in ("frames", "joint"))
+    frames.head = joint.head
+    x, drop = normal(3, 1, 3, 32, 32), common.drop_path(0.4, uniform(("drop",), torch.arange(3), 3, 2)).double()
+    assert error(joint(x), frames(x)) < 1e-12 and error(frames(x), frames.head(encoder(x[:, 0])[:, 1:].mean(1))) < 1e-12
+    assert error(joint.feature(x, drop), frames.feature(x, drop)) < 1e-12
+    joint.time.weight.data = normal(1, 32)
+    assert error(joint(x), frames(x)) > 1e-3
+
+
+def test_frames_average_features_and_joint_sees_all_patches_with_their_times():
+    encoder = vit(pool="mean")
+    frames, joint = (protocols.ClipClassifier(encoder, 4, 3, how).double() for how in ("frames", "joint"))
+    x, drop = normal(2, 3, 3, 32, 32), common.drop_path(0.4, uniform(("drop",), torch.arange(2), 3, 2)).double()
+    each = [encoder(x[:, t], drop=drop)[:, 1:].mean(1) for t in range(3)]
+    assert error(frames.feature(x, drop), sum(each) / 3) < 1e-12
+    turned = x.flip(1)
+    assert error(joint(turned), joint(x)) < 1e-12  # without times a clip is a set
+    joint.time.weight.data = normal(3, 32)
+    assert error(joint(turned), joint(x)) > 1e-3
+    clips = []
+    for i in range(2):
+        tokens = [encoder.embed(x[i, t : t + 1])[0] for t in range(3)]
+        clips.append(torch.cat([tokens[0][:1], *(tokens[t][1:] + joint.time.weight[t] for t in range(3))]))
+    tokens = torch.stack(clips)
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    assert error(joint(x), joint.head(encoder.norm(tokens)[:, 1:].mean(1))) < 1e-12
+
+
+def test_clips_are_evenly_spread_frames_cut_alike():
+    pixels = (torch.arange(12)[:, None, None, None] * 20 + torch.zeros(3, 20, 30)).byte()[None].repeat(2, 1, 1, 1, 1)
+    pixels[1] = pictures(1, 20, 30)[0]  # a still picture: all frames of a clip must be cut alike
+    videos = common.Videos(torch.arange(2), list("ab"), pixels=pixels)
+    of = lambda cut, epoch=0: [[round(f.float().mean().item() / 20) for f in v] for v in cut(videos, epoch, 0)]
+    assert of(protocols.Clips(3, 16, temporal=2, spatial=1)) == [[1, 5, 9], [3, 7, 11]]  # (t + 1/4, 3/4) / 3 of 12
+    training = [of(protocols.Clips(3, 16), epoch)[0] for epoch in range(50)]
+    assert {c[0] for c in training} == {0, 1, 2, 3} and all(c == [c[0], c[0] + 4, c[0] + 8] for c in training)
+    clips = [protocols.Clips(3, 16)(videos, epoch, 1)[0] for epoch in range(20)]
+    assert all(torch.equal(c[0], f) for c in clips for f in c) and len({c.sum().item() for c in clips}) > 10
+    views = protocols.Clips(1, 20, temporal=1, spatial=3)(videos, 0, 1)  # the height fits: squares cut out of 20 x 30
+    assert all(torch.equal(v[0], pixels[1, 0, :, :, left : left + 20]) for v, left in zip(views, (0, 5, 10), strict=True))
+    assert torch.equal(protocols.Clips(1, 20, temporal=1)(videos, 0, 1)[0][0], pixels[1, 0, :, :, 5:25])
+
+
+def test_all_views_of_a_video_are_averaged():
+    videos = common.Videos(torch.arange(5) % 4, list("abcd"), pixels=pictures(30, 32, 48).unflatten(0, (5, 6)))
+    classifier = protocols.ClipClassifier(vit().float(), 4, 2, "joint")
+    classifier.time.weight.data = normal(2, 32).float()
+    classifier.head.weight.data *= 20
+    expected = []
+    for video in videos.pixels:
+        views = []
+        for k in range(3):
+            clip = video[[int((t + (k + 0.5) / 3) / 2 * 6) for t in range(2)]]
+            views += [clip[..., left : left + 32] for left in (0, 8, 16)]
+        logits = [classifier(common.augment(v)[None])[0] for v in views]
+        expected.append((sum(v.exp() / v.exp().sum() for v in logits) / 9).argmax())
+    seen, real = [], torch.Tensor.argmax
+    record = lambda self, *args: seen.append(real(self, *args)) or seen[-1]
+    with mock.patch.object(torch.Tensor, "argmax", record):
+        cut = protocols.Clips(2, 32, temporal=3, spatial=3)
+        found = protocols.multi_view(classifier, videos, cut, protocols.Machine(CPU), batch=2)
+    assert torch.equal(torch.cat(seen), torch.stack(expected)) and len(seen) == 3
+    assert found == pytest.approx(100 * (torch.stack(expected) == videos.labels).float().mean().item())
+
+
+def test_joint_fine_tuning_sees_an_order_of_frames_that_single_frames_do_not_show():
+    """Two classes of the same two pictures, in either order: frames are at chance, joint is not."""
+    pair = torch.stack([torch.full((3, 16, 16), 60), torch.full((3, 16, 16), 200)]).byte()
+    noise = (pictures(64, 16, 16).int() - 128) // 8
+    pixels = torch.stack([(pair.flip(0) if i % 2 else pair).int() + noise[i] for i in range(64)]).clamp(0, 255).byte()
+    videos = common.Videos(torch.arange(64) % 2, list("ab"), pixels=pixels)
+    torch.manual_seed(0)
+    encoder = common.ViT(16, 8, dim=32, depth=2, heads=2, pool="mean")
+    s = protocols.FineTuning(**protocols.recipe("vicmae_subset", 32) | dict(epochs=40, batch=16, lr=0.1, drop_path=0.0))
+    run = lambda how: protocols.video(encoder, videos, videos, protocols.Machine(CPU), s, 2, how, 1, 1)["video"]
+    assert run("joint") > 90 and run("frames") < 65
+
+
+def test_video_runs_on_folders_of_frames(clips, tmp_path):
+    common.save_encoder(tmp_path / "encoder.pt", nano(image_size=16))
+    argv = ["video", "--encoder", tmp_path / "encoder.pt", "--data", clips, "--workers", 0, "--precision", "float32"]
+    for flags in (["--how", "frames", "--blocks", 0], ["--how", "joint", "--micro_batch", 2]):
+        main(*argv, "--epochs", 2, "--batch", 4, "--frames", 2, "--temporal", 2, *flags, program=protocols)
+        result = json.loads((tmp_path / "video.json").read_text())
+        assert len(result["finetune_by_epoch"]) == 2 and 0 <= result["video"] <= 100
+
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 FLAT = [*TINY, "--data", "flat"]
@@ -5090,6 +5454,28 @@ ROBUST = ["robust", "--encoder", "wide.pt", "--classifier", "of_ab.pt"]
 BAD_EVAL = [
     (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--blocks", "7", "--workers", "0"], "--blocks 7"),
     (["finetune", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "--batch 0: choose"),
+    *((["finetune", "--encoder", "wide.pt", "--data", "labelled", "--workers", "0", *flags.split()], fault) for flags, fault in [
+        ("--fraction 0", "--fraction 0.0: expected more than 0"),
+        ("--fraction 1.5", "--fraction 1.5: expected more than 0 and at most 1"),
+        ("--fraction 0.5 --list list.txt", "--fraction and --list: choose one"),
+        ("--list no_such.txt", "no_such.txt: no such list"),
+        ("--list a_file", "a_file: hello names 0 images"),
+        ("--batch 5", "--batch 5: Mixup and CutMix pair images"),
+        ("--batch 17", "batch 17 is larger"),
+        ("--epochs 0", "--epochs 0"),
+        ("--drop_path 1", "--drop_path 1.0: choose"),
+        ("--label_smoothing -1", "--label_smoothing -1: choose"),
+        ("--mixup -1", "--mixup"),
+        ("--recipe best", "invalid choice: 'best'"),
+    ]),
+    *((["video", "--encoder", "wide.pt", "--workers", "0", *flags.split()], fault) for flags, fault in [
+        ("--data flat", "--data flat: labels are needed"),
+        ("--data labelled --label motion --frames 1", "--label motion: --data labelled has no second label"),
+        ("--data no_val", "--data no_val: expected labelled videos"),
+        ("--data stills --frames 0", "--frames 0"),
+        ("--data stills --blocks 7", "--blocks 7"),
+        ("--data loose", "--data loose: expected labelled videos"),
+    ]),
     (["knn", "--encoder", "no_such.pt", "--data", "flat"], "no_such.pt: no such file"),
     (["knn", "--encoder", "wide.pt", "--data", "no/such"], "--data no/such: no such folder"),
     (["knn", "--encoder", "wide.pt", "--data", "flat"], "--data flat: labels are needed, but there is no train/"),
@@ -5177,6 +5563,8 @@ def bad_files(folders, monkeypatch):
         Path("list.json").write_text("[]")
         write_pictures(Path("loose/train"), [(24, 24)])
         write_pictures(Path("no_val/train/a"), [(24, 24)])
+        for split in ("train", "val"):
+            write_pictures(Path("stills") / split / "a", [(24, 24)] * 4)
     return folders
 
 
