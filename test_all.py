@@ -398,7 +398,7 @@ def outcomes(folder):
     found["nt_xent"] = dict(loss=loss.detach(), gradients=[v.grad / common.world() for v in z])
     found["kmeans"] = protocols.kmeans(x, 3, runs=5)[0]
     images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
-    found["transfer"] = protocols.transfer(encoder, images, images, protocols.Machine(CPU))
+    found["transfer"] = protocols.transfer(vit(depth=4).float(), images, images, protocols.Machine(CPU))
     s = protocols.FineTuning(epochs=2, batch=8, lr=1e-2, drop_path=0.3, erasing=0.5)  # and all other regularisers
     found["finetune"], classifier = protocols.finetune(encoder, images, images, protocols.Machine(CPU), s)
     found["finetuned"] = classifier.head.weight.detach()
@@ -4756,15 +4756,15 @@ def test_effective_invariance_is_the_formula():
     assert 0 < sum(e > 0 for e in expected) < 50
 
 
-def tiny_classifier(**changes):
-    encoder = vit(**changes).float()
-    classifier = protocols.Classifier(encoder, list("abcd"), norm=common.BatchNorm(32, affine=False))
-    nn.init.normal_(classifier.head.weight)
-    return classifier.eval()
+def tiny_classifier(encoder, classes):
+    classifier = protocols.Classifier(encoder, classes).eval().requires_grad_(False)
+    classifier.head.weight.data = normal(*classifier.head.weight.shape, seed=9).to(classifier.head.weight)
+    return classifier
 
 
 def test_invariance_is_the_mean_over_torchvisions_changes():
-    classifier, images = tiny_classifier(), Images(torch.arange(6) % 4, list("abcd"), pixels=pictures(6, 32, 32))
+    classifier = tiny_classifier(vit().float(), list("abcd"))
+    images = Images(torch.arange(6) % 4, list("abcd"), pixels=pictures(6, 32, 32))
     found = protocols.invariance(classifier, images, protocols.Machine(CPU))
     amounts = {tv.adjust_brightness: (0.5, 1.5), tv.adjust_contrast: (0.5, 1.5), tv.adjust_saturation: (0.5, 1.5),
                tv.adjust_hue: (-0.25, 0.25)}  # fmt: skip
@@ -4903,12 +4903,6 @@ def test_folders_are_matched_by_name_position_or_mapping(capsys):
     ):
         with pytest.raises(InputError, match=re.escape(fault)):
             protocols.matched(folders, classes, mapping)
-
-
-def tiny_classifier(encoder, classes):
-    classifier = protocols.Classifier(encoder, classes).eval().requires_grad_(False)
-    classifier.head.weight.data = normal(*classifier.head.weight.shape, seed=9).to(classifier.head.weight)
-    return classifier
 
 
 def test_robust_counts_predictions_among_the_sets_classes():
