@@ -384,6 +384,7 @@ def zero_runs(folder):
 
 def outcomes(folder):
     found = dict(gather=gather_outcome(), batch_norm=batch_norm_outcome(5), batch_norm_heads=batch_norm_outcome(2, 5))
+    found["segment"] = segment_outcome()
     found["uniform"] = uniform((0, "key"), part(torch.arange(8)), 3)
     encoder, images = vit().float(), Images(torch.arange(7), [], pixels=pictures(7, 32, 32))
     found["features"] = protocols.features(encoder, images, protocols.Machine(CPU))[0]
@@ -5175,6 +5176,201 @@ def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
 # --------------------------------------------------------------------------------------------------------- segmentation
 
 
+def annotated_shapes(split, count):
+    """The first of the built-in images; a stripe of every third label map counts nowhere."""
+    images = protocols.load_annotated("shapes", split).subset(torch.arange(count))
+    images.maps[::3, :, :20] = 0
+    return images
+
+
+def write_ade20k(root, **sets):
+    """A folder of ADE20K's layout from sets by the name of their folder."""
+    for name, images in sets.items():
+        for part in ("images", "annotations"):
+            (root / part / name).mkdir(parents=True)
+        for i in range(len(images)):
+            images.open(i).save(root / "images" / name / f"ADE_{i:08d}.bmp")  # lossless, unlike the real set's .jpg
+            images.open_map(i).save(root / "annotations" / name / f"ADE_{i:08d}.png")
+    return str(root)
+
+
+def tiny_segmentation(train, val, **changes):
+    encoder = vit(image_size=24, patch_size=4, depth=6).float().requires_grad_(False)
+    given = dict(epochs=6, batch=8, lrs=(0.5, 20.0)) | changes
+    return encoder, *protocols.segment(encoder, train, val, protocols.Machine(CPU), **given)
+
+
+def segment_outcome():
+    _, result, predict = tiny_segmentation(annotated_shapes("train", 48), annotated_shapes("val", 21))
+    with torch.no_grad():
+        return result["miou_by_lr"], predict(pictures(4, 24, 24).float() / 255)
+
+
+def test_segmentation_with_two_ranks_is_that_of_one(two):
+    alone, ranks = two
+    for found in ranks:
+        assert found["segment"][0] == pytest.approx(alone["segment"][0], abs=1e-2)
+        assert (found["segment"][1] == alone["segment"][1]).double().mean() > 0.999
+
+
+def test_segmentation_is_a_linear_classifier_of_patches_trained_on_pixels():
+    """Against torch's modules, its bilinear upsampling and counts pixel by pixel, for each learning rate by itself."""
+    train, val = annotated_shapes("train", 48), annotated_shapes("val", 20)
+    encoder, result, predict = tiny_segmentation(train, val)
+    assert result["blocks"] == [6, 2]
+
+    def tokens(x):
+        a, b = encoder(x, blocks=[6, 2])
+        return torch.cat([a, b], 2)[:, 1:].flatten(0, 1)
+
+    for number, lr in enumerate((0.5, 20.0)):
+        torch.manual_seed(0)
+        start = protocols.Probes(2, 64, 11)
+        norm, linear = nn.BatchNorm1d(64, affine=False), nn.Linear(64, 11)
+        linear.weight.data, linear.bias.data = start.weight.data[number].clone(), start.bias.data[number].clone()
+        optimizer = torch.optim.SGD(linear.parameters(), lr=1.0, momentum=0.9)
+
+        def upsampled(x):
+            grid = linear(norm(tokens(x))).view(len(x), 6, 6, 11).permute(0, 3, 1, 2)
+            return F.interpolate(grid, 24, mode="bilinear", align_corners=False)
+
+        def cut(images, epoch, index, seed):
+            crop = protocols.AnnotatedCrop(24, seed)
+            x, y = (torch.stack(t) for t in zip(*[crop(images, epoch, i) for i in index]))
+            return common.augment(x), y.long() - 1
+
+        for step in range(36):
+            epoch, part = divmod(step, 6)
+            order = uniform((0, epoch, "order"), torch.arange(48), 1)[:, 0].argsort(stable=True)
+            x, y = cut(train, epoch, order[part * 8 : part * 8 + 8].tolist(), 0)
+            loss = F.cross_entropy(upsampled(x), y, ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            warmup = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 33))
+            optimizer.param_groups[0]["lr"] = lr * 8 / 256 * warmup
+            optimizer.step()
+
+        norm.eval()
+        x, y = cut(val, 0, range(20), None)
+        predicted = upsampled(x).argmax(1)
+        overlap, union = [0] * 11, [0] * 11
+        for truth, guess in zip(y.flatten().tolist(), predicted.flatten().tolist()):
+            if truth == guess:
+                overlap[truth], union[truth] = overlap[truth] + 1, union[truth] + 1
+            elif truth >= 0:
+                union[truth], union[guess] = union[truth] + 1, union[guess] + 1
+        miou = 100 * np.mean([o / u for o, u in zip(overlap, union) if u])
+        assert result["miou_by_lr"][lr] == pytest.approx(miou, abs=0.05)
+        if lr == result["lr"]:
+            assert result["miou"] == max(result["miou_by_lr"].values()) > 9
+            assert (predict(x) == predicted).double().mean() > 0.999
+
+
+def test_a_folder_of_ade20ks_layout_gives_what_the_same_images_in_memory_give(tmp_path):
+    train, val = annotated_shapes("train", 32), annotated_shapes("val", 9)
+    root = write_ade20k(tmp_path, training=train, validation=val)
+    folders = [protocols.load_annotated(root, split, classes=11) for split in ("train", "val")]
+    assert [len(images.classes) for images in folders] == [11, 11] and folders[0].pixels is None
+    assert tiny_segmentation(*folders, epochs=2)[1] == tiny_segmentation(train, val, epochs=2)[1]
+    assert len(protocols.load_annotated(root, "val").classes) == 150
+
+
+def test_labels_of_shapes_are_the_objects_class_or_the_background():
+    images, plain = protocols.load_annotated("shapes", "val"), common.load_images("shapes", "val")
+    assert images.classes == ["background", *plain.classes] and len(images) == len(plain)
+    for i in (0, 7, 1999):
+        expected = [[2 + i % 10 if inside else 1 for inside in row] for row in plain.masks[i].tolist()]
+        assert np.array(images.open_map(i)).tolist() == expected
+
+
+@pytest.mark.parametrize("size, predicted", [(4, 4), (4, 3)])
+def test_mean_iou_is_that_of_a_loop_and_leaves_out_classes_that_are_nowhere(size, predicted):
+    confusion = (normal(2, 5, 5).abs() * 10).long()
+    confusion[:, size:] = confusion[:, :, predicted:] = 0  # class 4 is nowhere; class 3 nowhere or never predicted
+    for table, found in zip(confusion.tolist(), protocols.mean_iou(confusion).tolist()):
+        scores = []
+        for c in range(5):
+            union = sum(table[c]) + sum(row[c] for row in table) - table[c][c]
+            if union:
+                scores.append(table[c][c] / union)
+        assert len(scores) == 4 and found == pytest.approx(100 * sum(scores) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5)])
+def test_logits_of_pixels_are_torchs_bilinear_upsampling(grid):
+    logits = normal(2, 4 * math.prod(grid), 7)  # two classifiers, four images
+    expected = logits.view(8, *grid, 7).permute(0, 3, 1, 2)
+    expected = F.interpolate(expected, (30, 30), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    assert error(protocols.pixel_logits(logits, grid, 30), expected.view(2, 4, 30, 30, 7)) < 1e-12
+
+
+def test_image_and_label_map_are_cut_and_flipped_alike():
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(90), indexing="ij")
+    maps = (1 + y // 20 * 5 + x // 18)[None].byte()  # 15 tiles
+    images = protocols.Annotated(torch.tensor([-1]), list(range(15)), pixels=(maps * 16).expand(1, 3, -1, -1), maps=maps)
+    flipped, sizes = [], set()
+    for epoch in range(40):
+        image, labels = protocols.AnnotatedCrop(32, seed=0)(images, epoch, 0)
+        agree = ((image[0] / 16).round() == labels).double().mean()
+        assert agree > 0.75  # bicubic values differ along the edges of tiles
+        rows = labels.int().diff(dim=1)
+        flipped.append(rows.min().item() < 0)
+        assert not (rows.min() < 0 < rows.max())  # the number of a tile grows to the right, or everywhere to the left
+        sizes.add(len(labels.unique()))
+    assert 8 < sum(flipped) < 32 and len(sizes) > 4
+    image, labels = protocols.AnnotatedCrop(32)(images, 0, 0)  # 60 x 90 becomes 32 x 48
+    nearest = lambda places: (places + 0.5).mul(60 / 32).long()
+    assert torch.equal(labels, maps[0][nearest(torch.arange(32))][:, nearest(torch.arange(8, 40))])
+    expected = tv.center_crop(tv.resize(images.open(0), [32], InterpolationMode.BICUBIC), [32, 32])
+    assert np.array_equal(image.permute(1, 2, 0), np.array(expected))
+
+
+def test_subcommand_segment_writes_numbers_and_a_picture(tmp_path):
+    root = write_ade20k(tmp_path / "set", training=annotated_shapes("train", 16), validation=annotated_shapes("val", 5))
+    common.save_encoder(tmp_path / "encoder.pt", vit(image_size=24, depth=6).float())
+    flags = ["--encoder", tmp_path / "encoder.pt", "--data", root, "--epochs", 1, "--workers", 0]
+    out = main("segment", *flags, program=protocols)
+    found = json.loads((tmp_path / "segment.json").read_text())
+    assert 0 <= found["miou"] <= 100 and len(found["miou_by_lr"]) == 9 and "miou" in out
+    assert Image.open(tmp_path / "segment.png").width > 5 * 96
+
+
+def test_label_maps_have_vocs_colours():
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128)}
+    known[20] = (0, 64, 128)
+    colours = protocols.map_colours(torch.tensor(list(known)).view(1, 1, -1))  # [1, 3, 1, 7]
+    assert [tuple(c) for c in colours[0, :, 0].T.tolist()] == list(known.values())
+
+
+def test_annotations_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
+    val = annotated_shapes("val", 3)
+    root = write_ade20k(tmp_path, training=val, validation=val)
+    load = lambda: protocols.load_annotated(root, "train", classes=11)
+    other = tmp_path / "annotations" / "training"
+    crop, broken = protocols.AnnotatedCrop(24), other / "ADE_00000001.png"
+    for picture, fault in [(Image.new("L", (9, 9)), r"label map is \(9, 9\) L, expected \(48, 48\)"),
+                           (Image.new("RGB", (48, 48)), "label map is .* RGB, expected .* in one channel"),
+                           (Image.new("L", (48, 48), 12), "label map has 12, expected 0 to 11")]:  # fmt: skip
+        picture.save(broken)
+        with pytest.raises(ValueError, match=fault):
+            crop(load(), 0, 1)
+        list(protocols.annotated_batches(load(), [[(0, 1)]], crop, protocols.Machine(CPU)))  # another takes its place
+        assert re.search(f"skipped .*ADE_00000001.bmp: .*{fault}", capsys.readouterr().err)
+    broken.unlink()
+    with pytest.raises(InputError, match="no label map .*ADE_00000001.png; every image needs one"):
+        load()
+    (other / "ADE_00000002.png").unlink()
+    with pytest.raises(InputError, match="no label map .*ADE_00000001.png and 1 more"):
+        load()
+    for file in (tmp_path / "images" / "training").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="no images in"):
+        load()
+    with pytest.raises(InputError, match="there is no .*images/validation; give `shapes` or a folder of ADE20K's layout"):
+        protocols.load_annotated(str(other), "val")
+
+
+
 # ---------------------------------------------------------------------------------------------------------------- video
 
 
@@ -5506,6 +5702,7 @@ BAD_EVAL = [
     ([*ROBUST, "--mapping", "a_file"], "a_file is not readable"),
     ([*ROBUST, "--mapping", "list.json"], "list.json holds no JSON dict"),
     (["knn", "--data", "labelled"], "--encoder"),
+<<<<<<< HEAD
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted; the encoder has 6"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "0"], "the last 0 blocks"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "2", "--per_block"], "leave out --last 2"),
@@ -5514,6 +5711,9 @@ BAD_EVAL = [
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--epochs", "0"], "--epochs 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "adam"], "invalid choice: 'adam'"),
+=======
+    (["segment", "--encoder", "wide.pt", "--data", "labelled"], "there is no labelled/images/training"),
+>>>>>>> f3
     (["sing", "--encoder", "wide.pt"], "'sing'"),
 ]
 
