@@ -1599,8 +1599,7 @@ def mean_average_precision(logits, y):
         if label.any():
             found = label.cumsum(0)
             recall, precision = found / found[-1], found / torch.arange(1, len(label) + 1, device=y.device)
-            # rounding must not keep a recall of 0.3 from reaching 0.3
-            values.append(sum(precision[recall >= t / 10 - 1e-9].max().item() for t in range(11)) / 11)
+            values.append(sum(precision[recall >= t / 10].max().item() for t in range(11)) / 11)
     return 100 * sum(values) / len(values)
 
 
