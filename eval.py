@@ -1317,11 +1317,14 @@ def run_blocks(args, encoder, run):
     """Subcommand blocks: k-NN and reconstruction loss of every block, and both as improvements from one block to the next,
     over the largest one (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements."""
     train, val = splits(args)
-    batch = min(args.batch, len(train))
-    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
-    recipe = dict(epochs=args.epochs, batch=batch, lr=args.lr, dim=args.decoder_dim, heads=args.decoder_heads)
+    how = dict(epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16)
+    if args.data == "shapes":
+        how = dict(epochs=8, batch=256, lr=2e-3, dim=64, heads=4)
+    how |= {name: vars(args)[name] for name in how if vars(args)[name] is not None}
+    how["batch"] = min(how["batch"], len(train))
+    check_batch(RunSettings(data=args.data), train, how["batch"], how["epochs"])
     result = dict(knn=knn_per_block(encoder, train, val, run))
-    result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **recipe)
+    result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **how)
     curves = {}
     for name, sign in (("knn", 1), ("reconstruction", -1)):
         change = sign * np.diff(result[name])
@@ -1433,7 +1436,8 @@ def run_colorhist(args, encoder, run):
     train, val = load_splits(args.data)
     if val is None:
         raise InputError(f"--data {args.data}: there is no val/ or test/ with class folders to evaluate on")
-    batch = min(args.batch, len(train))
+    batch = min(args.batch or (64 if args.data == "shapes" else 1024), len(train))
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
     errors = colorhist(encoder, train, val, run, args.epochs, batch, args.lr)
     if rank() == 0:
         curve = {"histogram prediction error": (list(range(1, encoder.depth + 1)), errors)}
@@ -2069,16 +2073,16 @@ def main(argv):
     flag = command(run_embed, embed)
     flag("--classes", type=Path, help="file that names the classes to show, one a line")
     flag = command(run_blocks, reconstruction_per_block)
-    flag("--epochs", type=float, default=20)
-    flag("--batch", type=int, default=4096)
-    flag("--lr", type=float, default=1.5e-4, help="at batch 256")
-    flag("--decoder_dim", type=int, default=512)
-    flag("--decoder_heads", type=int, default=16)
+    flag("--epochs", type=float, help="default 20, on the built-in images 8")
+    flag("--batch", type=int, help="default 4096, built-in 256")
+    flag("--lr", type=float, help="at batch 256; default 1.5e-4, built-in 2e-3")
+    flag("--dim", type=int, help="of the decoders; default 512, built-in 64")
+    flag("--heads", type=int, help="of the decoders; default 16, built-in 4")
     flag = command(run_invariance, invariance)
     flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
     flag = command(run_colorhist, colorhist)
     flag("--epochs", type=int, default=10)
-    flag("--batch", type=int, default=1024)
+    flag("--batch", type=int, help="default 1024, on the built-in images 64")
     flag("--lr", type=float, default=0.1, help="at batch 256")
     command(run_stats, run_stats)
     flag = command(run_segment, segment)

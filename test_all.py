@@ -4865,7 +4865,7 @@ def test_decoders_side_by_side_are_decoders_alone():
 
 
 def test_blocks_draws_improvements_over_the_largest(labelled_encoder, tmp_path):
-    flags = ["--epochs", 1, "--batch", 8, "--decoder_dim", 16, "--decoder_heads", 2]
+    flags = ["--epochs", 1, "--batch", 8, "--lr", 1e-3, "--dim", 16, "--heads", 2]
     found, _ = protocol("blocks", *labelled_encoder, *flags)
     assert len(found["knn"]) == len(found["reconstruction"]) == 6 and (tmp_path / "blocks.png").exists()
     deltas = [a - b for a, b in zip(found["reconstruction"], found["reconstruction"][1:])]
