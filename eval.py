@@ -984,7 +984,7 @@ def given_settings(args, train, base):
     s = FineTuning(**base | given)
     if "batch" not in given:
         s.batch = min(s.batch, len(train) // (2 * world()) * 2 * world())
-    check_batch(RunSettings(data=args.data, micro_batch=s.micro_batch), train, s.batch)
+    check_batch(RunSettings(data=args.data, micro_batch=s.micro_batch), train, s.batch, s.epochs)
     vars(args).update(dataclasses.asdict(s))  # for the JSON
     return s
 
