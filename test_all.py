@@ -5424,11 +5424,11 @@ def test_clips_are_evenly_spread_frames_cut_alike():
 
 
 def test_all_views_of_a_video_are_averaged():
-    videos = common.Videos(torch.arange(5) % 4, list("abcd"), pixels=pictures(30, 32, 48).unflatten(0, (5, 6)))
+    videos = common.Videos(torch.arange(25) % 4, list("abcd"), pixels=pictures(150, 32, 48).unflatten(0, (25, 6)))
     classifier = protocols.ClipClassifier(vit().float(), 4, 2, "joint")
     classifier.time.weight.data = normal(2, 32).float()
-    classifier.head.weight.data *= 20
-    expected = []
+    classifier.head.weight.data *= 50
+    expected, of_logits = [], []
     for video in videos.pixels:
         views = []
         for k in range(3):
@@ -5436,11 +5436,13 @@ def test_all_views_of_a_video_are_averaged():
             views += [clip[..., left : left + 32] for left in (0, 8, 16)]
         logits = [classifier(common.augment(v)[None])[0] for v in views]
         expected.append((sum(v.exp() / v.exp().sum() for v in logits) / 9).argmax())
+        of_logits.append(sum(logits).argmax())
+    assert expected != of_logits  # so that it matters what is averaged
     seen, real = [], torch.Tensor.argmax
     record = lambda self, *args: seen.append(real(self, *args)) or seen[-1]
     with mock.patch.object(torch.Tensor, "argmax", record):
         cut = protocols.Clips(2, 32, temporal=3, spatial=3)
-        found = protocols.multi_view(classifier, videos, cut, protocols.Machine(CPU), batch=2)
+        found = protocols.multi_view(classifier, videos, cut, protocols.Machine(CPU), batch=10)
     assert torch.equal(torch.cat(seen), torch.stack(expected)) and len(seen) == 3
     assert found == pytest.approx(100 * (torch.stack(expected) == videos.labels).float().mean().item())
 
@@ -5453,7 +5455,7 @@ def test_joint_fine_tuning_sees_an_order_of_frames_that_single_frames_do_not_sho
     videos = common.Videos(torch.arange(64) % 2, list("ab"), pixels=pixels)
     torch.manual_seed(0)
     encoder = common.ViT(16, 8, dim=32, depth=2, heads=2, pool="mean")
-    s = protocols.FineTuning(**protocols.recipe("vicmae_subset", 32) | dict(epochs=40, batch=16, lr=0.1, drop_path=0.0))
+    s = protocols.FineTuning(**protocols.recipe("vicmae_subset", 32) | dict(epochs=16, batch=16, lr=0.1, drop_path=0.0))
     run = lambda how: protocols.video(encoder, videos, videos, protocols.Machine(CPU), s, 2, how, 1, 1)["video"]
     assert run("joint") > 90 and run("frames") < 65
 
