@@ -1527,13 +1527,13 @@ def real_labels(images, content, classes, path):
 
 
 def robust(classifier, images, right, run, among=None):
-    """Top-1 accuracy of a trained classifier on other images of its classes (MAE-CT B.3, Table 17; CAN 4.4, Figure 5).
+    """Top-1 accuracy of a trained classifier on other images of its classes (MAE-CT B.2, Table 17; CAN 4.4, Figure 5).
 
     Args:
         classifier: a Classifier; right [N, C] bool: the classes that count as right for each image; images without any
             are skipped; among [C] bool: predictions are made among these classes only. The papers are silent; among the
             classes of the set is how the authors of ImageNet-R and -A measure, and the same for ObjectNet; for
-            ImageNet-V2, -Sketch and ReaL it is no restriction.
+            ImageNet-V2, -Sketch and ReaL it is no restriction. (The red border of ObjectNet's images is not cut off here.)
     Returns:
         {"accuracy": percent, "images": how many count, "classes": how many are predicted among}.
     Raises:
@@ -1592,7 +1592,7 @@ def several_labels(logits, y):
 
 def mean_average_precision(logits, y):
     """VOC2007's own measure in percent, as ViC-MAE's predecessors report it (the paper itself is silent): the mean over
-    classes of the 11-point interpolated average precision (Everingham et al. 2010, 4.2).
+    classes of the 11-point interpolated average precision (Everingham et al. 2010).
 
     logits [N, C]; y [N, C] is 1, 0, or −1 where an image does not count for the class ("difficult"). A class that no image
     has does not count.

@@ -5052,15 +5052,12 @@ def test_average_rank_is_that_of_mim_refiners_table_8():
     assert protocols.average_rank([[3, 1], [3, 2], [1, 3]]) == [(1.5 + 3) / 2, (1.5 + 2) / 2, (3 + 1) / 2]
 
 
-@pytest.fixture
-def torchvision_sets(tmp_path, monkeypatch):
-    """./data as torchvision lays it out: VOC2007, DTD, Caltech101, SUN397, of `shapes`; any download fails."""
-    monkeypatch.chdir(tmp_path)
-    offline = mock.Mock(side_effect=RuntimeError("offline"))
-    monkeypatch.setattr(torchvision.datasets.utils, "urlopen", offline, raising=False)
-    monkeypatch.setattr("urllib.request.urlopen", offline)
+@pytest.fixture(scope="module")
+def sets_of_shapes(tmp_path_factory):
+    """data/ as torchvision lays it out: VOC2007, DTD, Caltech101, SUN397, of `shapes`."""
+    root = tmp_path_factory.mktemp("sets")
     shapes = common.shapes("train", 32).subset(torch.arange(240))
-    pixels, labels, data = shapes.pixels, shapes.labels, tmp_path / "data"
+    pixels, labels, data = shapes.pixels, shapes.labels, root / "data"
     voc = data / "VOCdevkit/VOC2007"
     lists = voc / "ImageSets/Main"
     lists.mkdir(parents=True)
@@ -5087,7 +5084,14 @@ def torchvision_sets(tmp_path, monkeypatch):
     for folder, count in (("a/abbey", 105), ("b/bar/outdoor", 101)):
         for i in range(count):
             write_shapes(data / f"SUN397/{folder}/sun_{i:04d}.jpg", pixels[i])
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def torchvision_sets(sets_of_shapes, monkeypatch):
+    """./data with these sets; any download fails."""
+    monkeypatch.chdir(sets_of_shapes)
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=RuntimeError("offline")))
 
 
 def test_torchvision_sets_have_their_official_parts(torchvision_sets):
