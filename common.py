@@ -1659,7 +1659,7 @@ LIMITS = (
     (".*(scale|crop)_min|layer_decay", lambda v: 0 < v <= 1, "above 0, up to 1"),
     ("micro_batch|save_every|local_views|.*warmup_epochs", lambda v: v >= 0, "from 0"),
     (".*(batch|epochs|lr|temperature|size|dim|hidden|heads)", lambda v: v > 0, "above 0"),
-    (".*(queue|every|views|runs)|k|mask_block", lambda v: v > 0, "above 0"),
+    (".*(queue|every|views|runs|shots|splits|samples|neighbours)|k|mask_block", lambda v: v > 0, "above 0"),
     (".*", lambda v: v >= 0, "from 0"),
 )
 
@@ -2319,4 +2319,34 @@ def draw_curves(path, curves, x_label, y_label, width=480, height=320):
         pen.text((left + 8, top + 2 + 13 * i), name, fill=colour)
     pen.text(((left + right) / 2, height - 4), x_label, fill="black", anchor="ms")
     pen.text((4, 2), y_label, fill="black")
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+
+
+def draw_matrix(path, values, names, side=480):
+    """A picture of a matrix [rows, columns] of counts as shares of their row, white for 0 to blue for 1; `names` of the
+    rows stand beside them where there is room."""
+    share = np.asarray(values) / np.maximum(np.sum(values, 1, keepdims=True), 1)
+    shades = np.array([255, 255, 255]) + share[..., None] * (np.array([8, 48, 107]) - 255)
+    room = 120 if side / len(share) >= 11 else 0
+    canvas = Image.new("RGB", (room + side + 8, side + 8), "white")
+    picture = Image.fromarray(shades.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    canvas.paste(picture, (room + 4, 4))
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((room + 3, 3, room + side + 4, side + 4), outline="gray")
+    for i, name in enumerate(names if room else []):
+        pen.text((room, 4 + (i + 0.5) * side / len(share)), str(name)[:18], fill="black", anchor="rm")
+    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+
+
+def draw_points(path, points, labels, names, side=480):
+    """A picture of points [N, 2], coloured by label; up to 20 names stand in a legend."""
+    low, high = points.min(0).values, points.max(0).values
+    at = ((points - low) / (high - low).clamp(min=1e-12) * (side - 16) + 8).tolist()
+    canvas = Image.new("RGB", (side + 140 * (len(names) <= 20), side), "white")
+    pen = ImageDraw.Draw(canvas)
+    colours = [f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)" for i in range(len(names))]
+    for (x, y), label in zip(at, labels.tolist()):
+        pen.ellipse((x - 1.5, side - y - 1.5, x + 1.5, side - y + 1.5), fill=colours[label])
+    for i, name in enumerate(names if len(names) <= 20 else []):
+        pen.text((side + 8, 8 + 14 * i), str(name)[:20], fill=colours[i])
     write_atomic(path, lambda f: canvas.save(f, "PNG"))

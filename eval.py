@@ -12,13 +12,13 @@ beside the encoder. What a protocol's text leaves open stands in its function's 
 
 import argparse
 import copy
-import functools
 import json
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,11 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
-    check_batch, check_numbers, decode, gather, launch, load_encoder, load_file, load_splits, load_state,
-    parameter_groups, precision_of, print0, promote, rank, save_encoder, save_file, set_lr, start, uniform,
-    warmup_cosine, world, write_atomic,
+    BatchNorm, CenterCrop, InputError, MAEDecoder, MEAN, Parser, RunSettings, STD, View, adamw, adjust_brightness,
+    adjust_contrast, adjust_hue, adjust_saturation, augment, average_gradients, backward, batches, channels,
+    check_batch, check_numbers, decode, draw, draw_curves, draw_matrix, draw_points, gather, launch, load_encoder,
+    load_file, load_splits, load_state, mae_loss, parameter_groups, precision_of, print0, promote, random_masking, rank,
+    save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -109,6 +110,19 @@ def drawn(labels, shots=None, fraction=None, seed=0):
             raise InputError(f"{wanted} images a class are wanted, but class {c} has {len(of_class)}")
         kept.append(of_class[:wanted])
     return torch.cat(kept).sort().values
+
+
+def of_classes(images, path):
+    """The images of the classes that a file names, one a line (MAE-CT's ImageNet-Dogs15, MIM-Refiner's 53 food classes)."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such list of classes")
+    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    unknown = [name for name in names if name not in images.classes]
+    if unknown or len(set(names)) < 2:
+        what = f"{unknown[0]!r} is no class" if unknown else "fewer than two classes"
+        raise InputError(f"{path}: {what}; the data has {', '.join(map(str, images.classes[:5]))}, …")
+    numbers = torch.tensor([images.classes.index(name) for name in names])
+    return images.subset(torch.isin(images.labels, numbers).nonzero()[:, 0], names)
 
 
 def center_views(images, size, device, workers, index, batch=256):
@@ -378,7 +392,7 @@ def run_probe(args, encoder, run):
     if args.cached:
         stream = cached_batches(*features(encoder, train, run), batch, args.epochs)
     else:
-        stream = augmented_batches(functools.partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
+        stream = augmented_batches(partial(pooled, encoder), train, encoder.config["image_size"], batch, args.epochs, run)
     warmup = args.epochs // 10 * per_epoch
     result, probes = probe(stream, args.epochs * per_epoch, warmup, len(train.classes), *test, batch)
     if rank() == 0:
@@ -387,6 +401,123 @@ def run_probe(args, encoder, run):
 
 
 # ----------------------------------------------------------------------------------------------------------- few labels
+
+
+def minimise(function, w, convexity, tolerance=1e-3, memory=10, iterations=1000):
+    """L-BFGS (Nocedal & Wright 2006, Algorithm 7.5) for a convex function, (value, gradient) = function(w): returns w.
+
+    A step is bisected until the slope along it has fallen, but not far below 0; early ones may be long. Ends where the
+    value is certain to be within `tolerance` of the least one (or rounding forbids progress): if the second derivatives
+    are nowhere below `convexity`, the distance is at most |gradient|² / (2 · convexity).
+    """
+    value, gradient = function(w)
+    pairs = []  # the last changes of w and of the gradient, and the inverse of their product
+    dot = lambda a, b: (a * b).sum().item()
+    for _ in range(iterations):
+        if dot(gradient, gradient) <= 2 * convexity * tolerance * value:
+            break
+        direction, along = gradient.clone(), []
+        for s, y, r in reversed(pairs):
+            along.append(r * dot(s, direction))
+            direction -= along[-1] * y
+        direction *= 1 / (pairs[-1][2] * dot(y, y)) if pairs else 1 / math.sqrt(dot(gradient, gradient))
+        for s, y, r in pairs:
+            direction += s * (along.pop() - r * dot(y, direction))
+        slope = dot(gradient, direction)
+        step, low, high = 1.0, 0.0, math.inf
+        for _ in range(30):
+            new = w - step * direction
+            new_value, new_gradient = function(new)
+            ahead = dot(new_gradient, direction)  # the slope there: of a convex function it tells more than its value
+            if 0.9 * slope >= ahead >= -0.5 * slope:
+                break
+            low, high = (step, high) if ahead > 0 else (low, step)
+            step = 4 * step if high == math.inf else (low + high) / 2
+        s, y = new - w, new_gradient - gradient
+        if dot(s, y) <= 0:
+            break
+        pairs = [*pairs, (s, y, 1 / dot(s, y))][-memory:]
+        w, value, gradient = new, new_value, new_gradient
+    return w
+
+
+def logistic_regression(x, y, classes, penalties, tolerance=1e-3):
+    """Multinomial logistic regression without intercept: for each penalty the W [D, C] that minimises
+    mean cross-entropy(x W, y) + penalty / 2 · |W|². Each starts from the solution of the next larger penalty and is within
+    `tolerance` of the least value.
+
+    x [N, D], y [N]; scikit-learn's C is 1 / (penalty · N). Returns {penalty: W}.
+    """
+    solutions, w = {}, x.new_zeros(x.shape[1], classes)
+    for penalty in sorted(penalties, reverse=True):
+
+        def loss(w):
+            logits = x @ w  # [N, C]
+            logits = logits - logits.gather(1, y[:, None])  # so that a loss near 0 does not cancel
+            log_sum = logits.logsumexp(1, keepdim=True)
+            value = log_sum.mean() + penalty / 2 * w.square().sum()
+            error = (logits - log_sum).exp_().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
+            return value.item(), torch.addmm(w, x.T, error, beta=penalty, alpha=1 / len(x))
+
+        w = solutions[penalty] = minimise(loss, w, penalty, tolerance)
+    return solutions
+
+
+def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512, seed=0):
+    """CAN's few-shot classifier (its appendix C): W [D, C] of a linear layer, learning rate 0.01, 2500 steps.
+
+    What it refers to (Dosovitskiy et al. 2021, Table 4) has SGD with momentum 0.9, batch 512, cosine, gradients clipped to
+    1. Chosen: features of unaugmented images, no warm-up, a start at 0, no bias.
+    """
+    w = x.new_zeros(x.shape[1], classes, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=lr, momentum=0.9)
+    for step in range(steps):
+        rows = (uniform((seed, step, "fewshot"), torch.arange(min(batch, len(x))), 1)[:, 0] * len(x)).long().to(x.device)
+        optimizer.zero_grad()
+        F.cross_entropy(x[rows] @ w, y[rows]).backward()
+        nn.utils.clip_grad_norm_([w], 1.0)
+        optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, steps, 0)
+        optimizer.step()
+    return w.detach()
+
+
+def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
+    """A linear classifier from a few labels a class, mean accuracy in percent over several splits.
+
+    "logistic": L2-regularised logistic regression, without intercept (MAE-CT A.3, MIM-Refiner C.5, both after MSN): its
+    penalty is 0.00025 / N, training features are centred and L2-normalised, test features are taken as they are (the
+    authors' code). "can": `linear_fewshot`.
+
+    Args:
+        x [N, D], y [N]: of all training images; test_x [n, D], test_y [n]; splits: index tensors into x.
+    Returns:
+        {"lowshot": mean accuracy, "std" over splits, "by_split"}.
+    """
+    accuracy, classes = [], int(max(y.max(), test_y.max())) + 1
+    for split in splits:
+        few, labels = x[split], y[split]
+        if recipe == "logistic":
+            few = F.normalize(few - few.mean(1, keepdim=True), dim=1)
+            (w,) = logistic_regression(few, labels, classes, [penalty / len(few)]).values()
+        else:
+            w = linear_fewshot(few, labels, classes)
+        accuracy.append(100 * ((test_x @ w).argmax(1) == test_y).float().mean().item())
+    return {"lowshot": float(np.mean(accuracy)), "std": float(np.std(accuracy)), "by_split": accuracy}
+
+
+def run_lowshot(args, encoder, run):
+    """Subcommand lowshot: one result for each number of shots, or one for all the lists."""
+    train, val = splits(args)
+    draws = {shots: [drawn(train.labels, shots, seed=seed) for seed in range(args.splits)] for shots in args.shots}
+    if args.lists:
+        draws = {"lists": [listed(train, path) for path in args.lists]}
+    needed = torch.cat([split for of in draws.values() for split in of]).unique()
+    blocks = [encoder.depth] if args.raw else None
+    (x, y), (test_x, test_y) = features(encoder, train, run, blocks, index=needed), features(encoder, val, run, blocks)
+    place = torch.empty(len(train), dtype=torch.long)
+    place[needed] = torch.arange(len(needed))
+    sets = (x.flatten(1), y, test_x.flatten(1), test_y)
+    return {str(n): lowshot(*sets, [place[split] for split in of], recipe=args.recipe) for n, of in draws.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- fine-tuning
@@ -446,47 +577,66 @@ def run_finetune(args, encoder, run):
 # ------------------------------------------------------------------------------------------------------ clustering
 
 
-def squared_distances(x, centres):
-    """[N, D] and [R, K, D] → [R, N, K]."""
-    return (x.square().sum(-1)[:, None] - 2 * x @ centres.transpose(1, 2) + centres.square().sum(-1)[:, None]).clamp(min=0)
+def kmeans_plus_plus(x, k, runs, precision, seed):
+    """Indices [runs, k] of starting points, for all runs at once: greedy k-means++ (Arthur & Vassilvitskii 2007), where
+    the best of 2 + log k candidates becomes the next centre (scikit-learn's rule)."""
+    every, trials = torch.arange(runs, device=x.device), 2 + int(math.log(k))
+    low, squares = x.to(precision), x.square().sum(1)
+
+    def distances(i):  # squared ones from points i [runs, t] to all: [runs, t, N]
+        i = i.flatten()
+        return (squares - 2 * (low[i] @ low.T).to(x.dtype) + squares[i][:, None]).clamp_(min=0).view(runs, -1, len(x))
+
+    chosen = (uniform((seed, "k-means++"), every, 1) * len(x)).long()
+    nearest = distances(chosen)[:, 0]  # [runs, N]
+    for step in range(1, k):
+        total = nearest.cumsum(1)
+        dice = uniform((seed, "k-means++", step), every, trials) * total[:, -1:]
+        candidates = torch.searchsorted(total, dice.to(total)).clamp_(max=len(x) - 1)  # with the odds of their distances
+        to_nearest = torch.minimum(distances(candidates), nearest[:, None])  # [runs, trials, N]
+        best = to_nearest.sum(-1).argmin(1)
+        nearest = to_nearest[every, best]
+        chosen = torch.cat([chosen, candidates[every, best][:, None]], 1)
+    return chosen
 
 
 @torch.no_grad()
-def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0):
-    """k-means (Lloyd) from k-means++ starts, many runs at once on the device.
+def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=torch.float32):
+    """k-means (Lloyd) from k-means++ starts.
 
-    Iterations end when no run's centres move, in squared length, by more than tolerance · mean feature variance (scikit-
-    learn's rule for each run). A cluster that loses all its points keeps its centre.
+    Points go to their centres in `precision` until the centres stand still, from then on in x's own type until they do so
+    there. They stand still when they moved, in squared length, by no more than tolerance · mean feature variance
+    (scikit-learn's rule). A cluster that loses all its points keeps its centre. Under torchrun each rank has its part of
+    the runs.
 
     Args:
         x [N, D]; k clusters.
     Returns:
         assignments [runs, N] and losses [runs] (sum of squared distances).
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    group = max(1, 2**26 // (len(x) * k))
+    x = x - x.mean(0)  # what is rounded should be small
+    low, tolerance = x.to(precision), tolerance * x.var(0, unbiased=False).mean()
+    share = math.ceil(runs / world())
+    starts = kmeans_plus_plus(x, k, runs, precision, seed)
+    starts = starts[torch.arange(rank() * share, (rank() + 1) * share) % runs]
     assignments, losses = [], []
-    for first in range(0, runs, group):
-        r = min(group, runs - first)
-        centres = x[torch.randint(len(x), (r, 1), generator=generator, device=x.device)]  # [r, 1, D]
-        nearest = squared_distances(x, centres)[..., 0]  # [r, N]
-        for _ in range(k - 1):
-            chosen = torch.multinomial(nearest.clamp(min=1e-30), 1, generator=generator)
-            centres = torch.cat([centres, x[chosen]], 1)
-            nearest = torch.minimum(nearest, squared_distances(x, x[chosen])[..., 0])
+    for start in progress(starts, share, "k-means runs"):
+        centres, points = x[start], low
         for _ in range(iterations):
-            assigned = squared_distances(x, centres).argmin(-1)  # [r, N]
-            onehot = F.one_hot(assigned, k).to(x.dtype)  # [r, N, k]
-            count = onehot.sum(1)[..., None]
-            new = torch.where(count > 0, onehot.transpose(1, 2) @ x / count.clamp(min=1), centres)
-            moved = (new - centres).square().sum((1, 2)).max()
-            centres = new
-            if moved <= tolerance * x.var(0).mean():
-                break
-        distance, assigned = squared_distances(x, centres).min(-1)
-        assignments.append(assigned)
-        losses.append(distance.sum(1))
-    return torch.cat(assignments), torch.cat(losses)
+            half = centres.square().sum(1) / 2
+            assigned = (half - points @ centres.to(points.dtype).T).min(1).indices  # the least |c|² / 2 − x·c
+            count = torch.bincount(assigned, minlength=k)
+            means = F.embedding_bag(assigned.argsort(), x, count.cumsum(0) - count, mode="mean")
+            means = torch.where(count[:, None] > 0, means, centres)
+            moved, centres = (means - centres).square().sum(), means
+            if moved <= tolerance:
+                if points is x:
+                    break
+                points = x
+        nearest = (centres.square().sum(1) / 2 - x @ centres.T).min(1)
+        assignments.append(nearest.indices)
+        losses.append((2 * nearest.values + x.square().sum(1)).double().sum())
+    return gather(torch.stack(assignments))[:runs], gather(torch.stack(losses))[:runs].to(x.dtype)
 
 
 def contingency(truth, assigned):
@@ -567,40 +717,314 @@ def davies_bouldin(x, y):
     return ratio.max(1).values.mean().item()
 
 
-def cluster(x, y, runs=100, normalization="standardize", seed=0):
-    """k-means with as many clusters as classes; the run of the lowest loss is scored (MAE-CT B.3).
+def cluster(x, y, runs=100, normalization="standardize", seed=0, precision=torch.float32):
+    """k-means with as many clusters as classes; the run of the lowest loss is scored (MAE-CT B.3, MIM-Refiner C.12).
 
     Silhouette and Davies-Bouldin are those of the ground-truth classes, on the same features. The papers use scikit-
     learn's mini-batch k-means; this is the full one.
 
     Args:
-        x [N, D], y [N]; normalization: "standardize" (MAE-CT) or "l2" (MIM-Refiner).
+        x [N, D], y [N]; normalization: "standardize" (MAE-CT) or "l2" (MIM-Refiner); precision: see `kmeans`.
     Returns:
-        dict of cluster_acc, nmi, ami, ari, silhouette (percent), davies_bouldin, loss, and the averages over runs
-        (MAE-CT Table 20) under "average".
+        (dict of cluster_acc, nmi, ami, ari, silhouette (percent), davies_bouldin, loss, and the averages over runs
+        (MAE-CT Tables 20, 22) under "average"; the confusion matrix [classes, clusters], clusters in the order of the
+        classes that they are matched with).
     """
     if normalization == "standardize":
         std, mean = torch.std_mean(x, 0, unbiased=False)
         x = (x - mean) / std.clamp(min=1e-12)
     else:
         x = F.normalize(x, dim=1)
-    assigned, losses = kmeans(x, len(y.unique()), runs, seed=seed)
+    y = y.unique(return_inverse=True)[1]
+    assigned, losses = kmeans(x, int(y.max()) + 1, runs, seed=seed, precision=precision)
     every = [cluster_scores(y, a) for a in assigned]
     best = losses.argmin().item()
     average = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
     of_classes = {"silhouette": silhouette(x, y), "davies_bouldin": davies_bouldin(x, y)}
-    return every[best] | of_classes | {"loss": losses[best].item(), "average": average}
+    confusion = contingency(y, assigned[best])
+    confusion = confusion[:, linear_sum_assignment(-confusion)[1]]
+    return every[best] | of_classes | {"loss": losses[best].item(), "average": average}, confusion
 
 
 def run_cluster(args, encoder, run):
-    """Subcommand cluster, on the validation set."""
-    return cluster(*features(encoder, splits(args)[1], run), args.runs, args.normalization)
+    """Subcommand cluster, on the validation set or some classes of it; draws the best run's confusion matrix."""
+    images = splits(args)[1]
+    if args.classes:
+        images = of_classes(images, args.classes)
+    result, confusion = cluster(*features(encoder, images, run), args.runs, args.normalization, precision=run.precision)
+    if rank() == 0:
+        draw_matrix(args.encoder.parent / "confusion.png", confusion, images.classes)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- retrieval and maps
 
 
+def draw_neighbours(path, images, size, index, caption, labels=None):
+    """A picture grid: each row of `index` [R, K] is a row of images; where labels [R] are given, those of the row's class
+    are framed green, others red."""
+    rows = []
+    for r, row in enumerate(index.cpu()):
+        views = [v for v, _ in center_views(images, size, torch.device("cpu"), 0, row)]
+        frames = None if labels is None else ["green" if images.labels[i] == labels[r] else "red" for i in row]
+        rows.append((caption(r), torch.cat(views), frames))
+    draw(path, rows)
+
+
+def run_retrieve(args, encoder, run):
+    """Subcommand retrieve: the nearest neighbours of some samples (MAE-CT Figure 11), and of the centres of k-means
+    clusters (Figures 5, 10), as pictures; the share of neighbours of the same class where there are labels.
+
+    Features are L2-normalised for the former, standardised for the latter. A cluster's class is that of most of its
+    samples. Chosen: samples drawn at random, the largest clusters.
+    """
+    train, val = load_splits(args.data)
+    images, size, folder = val or train, encoder.config["image_size"], args.encoder.parent
+    x, y = features(encoder, images, run)
+    labelled = bool(images.classes)
+    if args.neighbours >= len(x):
+        raise InputError(f"--neighbours {args.neighbours}: the data has {len(x)} images")
+    unit = F.normalize(x, dim=1)
+    queries = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()[: args.samples].to(x.device)
+    similarity = (unit[queries] @ unit.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
+    index = similarity.topk(args.neighbours + 1, 1).indices
+    caption = lambda r: str(images.classes[y[queries[r]]]) if labelled else f"image {queries[r]}"
+    if rank() == 0:
+        draw_neighbours(folder / "neighbours.png", images, size, index, caption, y[queries] if labelled else None)
+    result = dict(neighbours=100 * (y[index[:, 1:]] == y[queries, None]).float().mean().item()) if labelled else {}
+
+    std, mean = torch.std_mean(x, 0, unbiased=False)
+    x = (x - mean) / std.clamp(min=1e-12)
+    assigned, losses = kmeans(x, args.clusters or max(2, len(images.classes)), 10, precision=run.precision)
+    assigned = assigned[losses.argmin()]
+    largest = torch.bincount(assigned).argsort(descending=True)[: args.samples]
+    centres = torch.stack([x[assigned == c].mean(0) for c in largest])
+    index = torch.cdist(centres, x).topk(args.neighbours, 1, largest=False).indices
+    of_cluster = torch.stack([y[assigned == c].mode().values for c in largest])
+    caption = lambda r: f"cluster {r + 1}" + (f": {images.classes[of_cluster[r]]}" if labelled else "")
+    if rank() == 0:
+        draw_neighbours(folder / "clusters.png", images, size, index, caption, of_cluster if labelled else None)
+    return result | (dict(of_centres=100 * (y[index] == of_cluster[:, None]).float().mean().item()) if labelled else {})
+
+
+def embed(x):
+    """Features [N, D] → two dimensions: UMAP with its default parameters (MIM-Refiner C.12) if it is installed, else the
+    first two principal components, each with its largest weight positive. Returns ([N, 2], what was used)."""
+    try:
+        from umap import UMAP
+
+        return torch.from_numpy(UMAP(random_state=0).fit_transform(x.cpu().numpy())), "UMAP"
+    except ImportError:
+        centred = x - x.mean(0)
+        _, singular, v = torch.linalg.svd(centred, full_matrices=False)
+        signs = v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
+        share = 100 * (singular[:2].square().sum() / singular.square().sum()).item()
+        return centred @ (signs * v[:2]).T, f"PCA ({share:.1f} % of the variance); for UMAP: pip install umap-learn"
+
+
+def run_embed(args, encoder, run):
+    """Subcommand embed: a picture of L2-normalised features in two dimensions, coloured by class (MAE-CT Figures 1, 4, 8;
+    MIM-Refiner Figure 5), with their silhouette."""
+    images = splits(args)[1]
+    if args.classes:
+        images = of_classes(images, args.classes)
+    x, y = features(encoder, images, run)
+    x = F.normalize(x, dim=1)
+    points, how = embed(x)
+    if rank() == 0:
+        draw_points(args.encoder.parent / "embed.png", points.cpu(), y.cpu(), images.classes)
+    return dict(embedding=how, silhouette=silhouette(x, y))
+
+
+
 # --------------------------------------------------------------------------------------------------- what features hold
+
+
+def reconstruction_per_block(encoder, train, val, run, epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16, seed=0):
+    """Loss of an MAE decoder of two blocks after every block of the frozen encoder (MIM-Refiner C.2, Figures 3d and 6).
+
+    As in training from scratch (75 % masked, AdamW, lr · batch / 256, weight decay 0.05, crops of 0.2-1), but for 20
+    epochs, 5 of them warm-up (a quarter). All decoders learn side by side from one encoder pass a batch. Chosen: they read
+    a block's output before any norm; losses are those of center crops of `val`, all under one mask.
+
+    Returns:
+        list of losses (normalised patches), block 1 first.
+    """
+    torch.manual_seed(seed)
+    blocks = list(range(1, encoder.depth + 1))
+    new = lambda: MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, dim, 2, heads)
+    decoders = nn.ModuleList(new() for _ in blocks).to(run.device)
+    optimizer = adamw(parameter_groups(decoders, lr * batch / 256, 0.05))
+    steps = round(epochs * (len(train) // batch))
+
+    def losses(x, noise):
+        """Of each sample and block: [n, B]."""
+        ids_keep, ids_restore, mask = random_masking(noise, 0.75)
+        with torch.no_grad():
+            tokens = encoder(x, ids_keep, blocks=blocks)
+        return torch.stack([mae_loss(d(t, ids_restore), x, mask) for d, t in zip(decoders, tokens)], 1)
+
+    views, patches = [View(encoder.config["image_size"], (0.2, 1.0))], math.prod(encoder.grid)
+    stream = batches(train, views, batch, 0, steps, seed, run.device, run.workers, {})
+    for step, data in enumerate(progress(stream, steps, "steps")):
+        noise = uniform((seed, "blocks", step), data.rows, patches, device=run.device)
+        encode = lambda x, noise: ((), losses(x, noise).sum(1))
+        backward(encode, None, (augment(data.views[0]), noise), precision=run.precision)
+        average_gradients(decoders.parameters())
+        set_lr(optimizer, warmup_cosine(step, steps, steps / 4))
+        optimizer.step()
+        optimizer.zero_grad()
+    one_mask = uniform((seed, "blocks"), torch.zeros(1, dtype=torch.long), patches, device=run.device)
+    found, _ = outputs(lambda x: losses(x, one_mask.expand(len(x), -1)), val, encoder.config["image_size"], run)
+    return found.mean(0).tolist()
+
+
+def run_blocks(args, encoder, run):
+    """Subcommand blocks: k-NN and reconstruction loss of every block, and both as improvements from one block to the next,
+    over the largest one (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements."""
+    train, val = splits(args)
+    batch = min(args.batch, len(train))
+    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
+    recipe = dict(epochs=args.epochs, batch=batch, lr=args.lr, dim=args.decoder_dim, heads=args.decoder_heads)
+    result = dict(knn=knn_per_block(encoder, train, val, run))
+    result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **recipe)
+    curves = {}
+    for name, sign in (("knn", 1), ("reconstruction", -1)):
+        change = sign * np.diff(result[name])
+        result[f"{name}_improvement"] = (change / max(np.abs(change).max(), 1e-12)).tolist()
+        curves[name] = (list(range(2, encoder.depth + 1)), result[f"{name}_improvement"])
+    if rank() == 0:
+        draw_curves(args.encoder.parent / "blocks.png", curves, "block", "relative improvement")
+    return result
+
+
+def effective_invariance(p, p_t):
+    """Of probabilities [N, C] of images and of their changed versions: √(p̂ p̂_t) of the predicted classes where these
+    agree, else 0: [N] (MAE-CT 4.4, after Deng et al. 2022)."""
+    (p, c), (p_t, c_t) = p.max(-1), p_t.max(-1)
+    return (p * p_t).sqrt() * (c == c_t)
+
+
+CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts are chosen
+    "rotation": [partial(torch.rot90, k=k, dims=(2, 3)) for k in (1, 2, 3)],
+    "colour": [
+        lambda x, f=f, amount=amount: f(x, torch.full((len(x),), amount, device=x.device))
+        for f, amounts in (
+            (adjust_brightness, (0.5, 1.5)),
+            (adjust_contrast, (0.5, 1.5)),
+            (adjust_saturation, (0.5, 1.5)),
+            (adjust_hue, (-0.25, 0.25)),
+        )
+        for amount in amounts
+    ],
+}
+
+
+def unstandardise(x):
+    """Standardised images → pixels in [0, 1]."""
+    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
+
+
+def invariance(classifier, images, run):
+    """Average effective invariance of a linear classifier to rotations by 90, 180, 270 degrees and to changes of brightness,
+    contrast, saturation (by factors 0.5 and 1.5) and hue (by a quarter turn either way): MAE-CT Table 6.
+
+    Returns:
+        {"rotation", "colour"}: means over images and changes, between 0 and 1.
+    """
+    predict = lambda pixels: classifier((pixels - channels(MEAN, pixels.device, pixels.dtype)) / channels(STD, pixels.device, pixels.dtype))
+
+    def changed(x):
+        pixels, p = unstandardise(x), classifier(x).softmax(-1)
+        every = [effective_invariance(p, predict(f(pixels)).softmax(-1)) for fs in CHANGES.values() for f in fs]
+        return torch.stack(every, 1)  # [n, changes]
+
+    found = outputs(changed, images, classifier.encoder.config["image_size"], run)[0].mean(0)
+    return {name: part.mean().item() for name, part in zip(CHANGES, found.split([len(fs) for fs in CHANGES.values()]))}
+
+
+def run_invariance(args, encoder, run):
+    """Subcommand invariance, on the validation set."""
+    classifier = load_classifier(args.classifier or args.encoder.parent / "probe.pt", encoder)
+    train, val = load_splits(args.data)
+    return invariance(classifier, val or train, run)
+
+
+def histograms(x, bins=64):
+    """Colour histograms of standardised images [n, 3, H, W]: each channel's shares of 64 bins, [n, 192] (MAE-CT A.4)."""
+    level = (unstandardise(x) * 255).round().long() * bins // 256
+    counts = x.new_zeros(len(x), 3, bins).scatter_add_(2, level.flatten(2), torch.ones_like(x).flatten(2))
+    return (counts / math.prod(x.shape[2:])).flatten(1)
+
+
+def colorhist(encoder, train, val, run, epochs=10, batch=1024, lr=0.1, seed=0):
+    """Histogram prediction error: how badly linear probes tell an image's colour histogram from [CLS] after each block
+    (MAE-CT A.4, Figure 3).
+
+    One probe a block, side by side: BatchNorm without weights, 192 outputs, L1 loss, otherwise as Table 11 with 10 epochs,
+    one of them warm-up, and a rate of 0.1 (at batch 256). The histogram is that of the very crop the encoder sees.
+
+    Returns:
+        list of errors in percent of those of a uniform prediction, on center crops of `val`; block 1 first.
+    """
+    torch.manual_seed(seed)
+    blocks, size = list(range(1, encoder.depth + 1)), encoder.config["image_size"]
+    norm = BatchNorm(len(blocks), encoder.dim, affine=False).to(run.device)
+    weight = nn.Parameter(torch.empty(len(blocks), encoder.dim, 192, device=run.device).normal_(std=0.01))
+    bias = nn.Parameter(torch.zeros(len(blocks), 1, 192, device=run.device))
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
+    tell = lambda x: norm(x.transpose(0, 1)) @ weight + bias  # [n, B, D] → [B, n, 192]
+    see = lambda x: torch.cat([promote(pooled(encoder, x, blocks, "cls")).flatten(1), histograms(x)], 1)
+    steps = epochs * (len(train) // batch)
+    for step, (seen, _) in enumerate(augmented_batches(see, train, size, batch, epochs, run, seed)):
+        x, truth = seen[:, :-192].unflatten(1, (len(blocks), -1)), seen[:, -192:]
+        (tell(x) - truth).abs().mean((1, 2)).sum().backward()
+        average_gradients([weight, bias])
+        optimizer.param_groups[0]["lr"] = lr * batch / 256 * warmup_cosine(step, steps, steps / epochs)
+        optimizer.step()
+        optimizer.zero_grad()
+    norm.eval()
+
+    def errors(x):
+        truth = histograms(x)
+        wrong = [(tell(promote(pooled(encoder, x, blocks, "cls"))) - truth).abs().mean(2), (1 / 64 - truth).abs().mean(1)[None]]
+        return torch.cat(wrong).T  # [n, B + 1]
+
+    found = outputs(errors, val, size, run)[0].mean(0)
+    return (100 * found[:-1] / found[-1]).tolist()
+
+
+def run_colorhist(args, encoder, run):
+    """Subcommand colorhist, with a picture of the error by block."""
+    train, val = load_splits(args.data)
+    if val is None:
+        raise InputError(f"--data {args.data}: there is no val/ or test/ with class folders to evaluate on")
+    batch = min(args.batch, len(train))
+    errors = colorhist(encoder, train, val, run, args.epochs, batch, args.lr)
+    if rank() == 0:
+        curve = {"histogram prediction error": (list(range(1, encoder.depth + 1)), errors)}
+        draw_curves(args.encoder.parent / "colorhist.png", curve, "block", "% of a uniform guess")
+    return dict(colorhist=errors, last=errors[-1])
+
+
+def run_stats(args, encoder, run):
+    """Subcommand stats: the averages over features of the mean and of the variance of [CLS], after the last block and after
+    the final norm (MIM-Refiner Table 14 does not say which)."""
+    train, val = load_splits(args.data)
+    both = lambda x: torch.stack([t[:, 0] for t in last_and_normed(encoder, x)], 1)  # [n, 2, D]
+    x, _ = outputs(both, val or train, encoder.config["image_size"], run)
+    var, mean = torch.var_mean(x, 0)
+    return {
+        name: dict(mean=mean[i].mean().item(), variance=var[i].mean().item())
+        for i, name in enumerate(("last_block", "final_norm"))
+    }
+
+
+def last_and_normed(encoder, x):
+    """Tokens after the last block, and after the final norm."""
+    (tokens,) = encoder(x, blocks=[encoder.depth])
+    return tokens, encoder.norm(tokens)
+
 
 
 # ---------------------------------------------------------------------------------------------- robustness and transfer
@@ -619,17 +1043,24 @@ def evaluate(encoder, train, val, run, normalization="standardize"):
     """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
     feature. `normalization` is that of `cluster`."""
     (x, y), (test_x, test_y) = (features(encoder, images, run) for images in (train, val))
-    clusters = cluster(test_x, test_y, normalization=normalization)
+    clusters, _ = cluster(test_x, test_y, normalization=normalization, precision=run.precision)
     values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
 
+def shown(value):
+    """A number, a list or a dict of numbers as text."""
+    if isinstance(value, dict):
+        return "  ".join(f"{k}: {shown(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def table(result):
-    """Prints a protocol's numbers, one a line; nested dicts in one line."""
+    """Prints a protocol's numbers, one a line; lists and dicts in one line."""
     for name, value in result.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k}: {v:.2f}" for k, v in value.items())
-        print0(f"{name:>16}  {value:.2f}" if isinstance(value, float) else f"{name:>16}  {value}")
+        print0(f"{name:>16}  {shown(value)}")
 
 
 def main(argv):
@@ -659,14 +1090,40 @@ def main(argv):
     flag("--epochs", type=int, default=50)
     flag("--batch", type=int, default=1024)
     flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
+    flag = command(run_lowshot, lowshot)
+    flag("--shots", type=int, nargs="+", default=[1, 2, 5], help="labels a class; CAN: 1 5 10 25")
+    flag("--splits", type=int, default=3, help="draws of each number of shots")
+    flag("--lists", type=Path, nargs="+", help="instead: files that name the labelled images, one split each")
+    flag("--recipe", choices=["logistic", "can"], default="logistic", help="can: with --image_size 384")
+    flag("--raw", action="store_true", help="the last block's output before the final norm, as MIM-Refiner")
     flag = command(run_cluster, cluster)
     flag("--runs", type=int, default=100)
     flag("--normalization", choices=["standardize", "l2"], default="standardize")
+    flag("--classes", type=Path, help="file that names the classes to cluster, one a line")
     flag = command(run_finetune, finetune)
     flag("--blocks", type=int, default=1, help="last blocks to tune; 0: the classifier alone")
     flag("--epochs", type=float, default=100, help="CMAE 4.2")
     flag("--lr", type=float, default=5e-4, help="at batch 256; CMAE 4.2: 2.5e-4 after 1600 epochs")
     flag("--batch", type=int, default=1024)
+    flag = command(run_retrieve, run_retrieve)
+    flag("--samples", type=int, default=8, help="rows of either picture")
+    flag("--neighbours", type=int, default=9)
+    flag("--clusters", type=int, default=0, help="of k-means; default: the number of classes")
+    flag = command(run_embed, embed)
+    flag("--classes", type=Path, help="file that names the classes to show, one a line")
+    flag = command(run_blocks, reconstruction_per_block)
+    flag("--epochs", type=float, default=20)
+    flag("--batch", type=int, default=4096)
+    flag("--lr", type=float, default=1.5e-4, help="at batch 256")
+    flag("--decoder_dim", type=int, default=512)
+    flag("--decoder_heads", type=int, default=16)
+    flag = command(run_invariance, invariance)
+    flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
+    flag = command(run_colorhist, colorhist)
+    flag("--epochs", type=int, default=10)
+    flag("--batch", type=int, default=1024)
+    flag("--lr", type=float, default=0.1, help="at batch 256")
+    command(run_stats, run_stats)
     args = check_numbers(parser.parse_args(argv))
 
     device = start()
