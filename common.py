@@ -1764,7 +1764,7 @@ LIMITS = (
     (".*(scale|crop)_min|layer_decay", lambda v: 0 < v <= 1, "above 0, up to 1"),
     ("micro_batch|save_every|local_views|.*warmup_epochs", lambda v: v >= 0, "from 0"),
     (".*(batch|epochs|lr|temperature|size|dim|hidden|heads)", lambda v: v > 0, "above 0"),
-    (".*(queue|every|views|runs)|k|mask_block", lambda v: v > 0, "above 0"),
+    (".*(queue|every|views|runs|shots|splits|samples|neighbours)|k|mask_block", lambda v: v > 0, "above 0"),
     (".*", lambda v: v >= 0, "from 0"),
 )
 
