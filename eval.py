@@ -29,7 +29,8 @@ from scipy.special import gammaln
 from torch import nn
 
 from common import (
-    LARS, BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward, batches,
+    LARS, BatchNorm, CenterCrop, InputError, Parser, RunSettings, View, adamw, augment, average_gradients, backward,
+    batches,
     check_batch, decode, draw_matrix, gather, launch, load_encoder, load_file, load_splits, load_state, parameter_groups, precision_of,
     print0, promote, rank, save_encoder, save_file, set_lr, start, uniform, warmup_cosine, world, write_atomic,
 )  # fmt: skip
@@ -181,7 +182,7 @@ def last_blocks(encoder, count):
         InputError: the encoder has fewer.
     """
     if not 1 <= count <= encoder.depth:
-        raise InputError(f"the last {count} blocks are wanted; the encoder has {encoder.depth}, choose 1 to {encoder.depth}")
+        raise InputError(f"the last {count} blocks are wanted, but the encoder has {encoder.depth}: choose 1 or more of them")
     return list(range(encoder.depth - count + 1, encoder.depth + 1))
 
 
@@ -303,8 +304,8 @@ def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000, **how):
 
 
 def run_knn(args, encoder, run):
-    """Subcommand knn. Several blocks, or with --raw the last, are taken before the final norm, as in MIM-Refiner's code:
-    C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
+    """Subcommand knn. Several blocks, or with --raw the last, are taken before the final norm, as in MIM-Refiner's
+    code: C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
     if args.per_block and args.last > 1:
         raise InputError(f"--per_block takes each block by itself: leave out --last {args.last}")
     blocks = last_blocks(encoder, args.last) if args.last != 1 or args.raw else None
@@ -324,7 +325,7 @@ DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1
 
 @dataclass(frozen=True)
 class ProbeRecipe:
-    """How probes are trained: momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops in all of them."""
+    """How probes are trained; all with momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops."""
 
     epochs: int
     batch: int
@@ -395,8 +396,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
     batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
-    SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
-    proportional to lr, so each probe's rate is a weight of its loss. LARS cancels such weights: there every rate has
+    SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD
+    is proportional to lr, so each probe's rate is a weight of its loss. LARS cancels such weights: there every rate has
     `Probes` of its own.
 
     Args:
@@ -411,7 +412,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     sets = sets or {"": test_x.shape[1]}
     together = 1 if lars else len(lrs)
     repeat = len(lrs) // together
-    heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat)).to(test_x.device)
+    heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat))
+    heads.to(test_x.device)
     rates = [lr * batch / 256 for _ in sets for lr in lrs]  # as in the result of `logits`
 
     def logits(x):  # [sets · lrs, n, C]
@@ -426,8 +428,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
         groups = [dict(params=list(heads.parameters()), peak_lr=1.0)]
         optimizer, weights = torch.optim.SGD(groups, lr=1.0, momentum=0.9), test_x.new_tensor(rates)
     for step, (x, y) in enumerate(train):
-        losses = F.cross_entropy(logits(x).flatten(0, 1), y.repeat(len(rates)), reduction="none").view(len(rates), -1).mean(1)
-        (losses * weights).sum().backward()
+        losses = F.cross_entropy(logits(x).flatten(0, 1), y.repeat(len(rates)), reduction="none")
+        (losses.view(len(rates), -1).mean(1) * weights).sum().backward()
         average_gradients(heads.parameters())
         set_lr(optimizer, warmup_cosine(step, steps, warmup))
         optimizer.step()
@@ -455,7 +457,7 @@ def cached_probe(x, y, test_x, test_y, epochs=50):
 
 
 def feature_sets(encoder, x, sets):
-    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side, in one pass.
+    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side: [n, F].
 
     The last block alone is taken after the final norm, several are taken before it (MIM-Refiner's code; DINOv2's
     passes each of them through the final norm). "both" pools each of several blocks (DINOv2: the last one's patches).
@@ -472,8 +474,8 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
 
     Args:
         encoder: a frozen ViT; train, val: labelled Images; recipe: of PROBE_RECIPES; epochs, batch: others than its own
-        (a batch is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
-        side, "cls", "mean" or "both" (MAE-CT Table 15). Recipes with a grid try its features instead.
+        (a batch is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side
+        by side, "cls", "mean" or "both" (MAE-CT Table 15). Recipes with a grid try its features instead.
     Returns:
         (result of `probe` and the recipe, the best probe as a Classifier).
     Raises:
@@ -938,13 +940,13 @@ def main(argv):
     flag("--votes", choices=["exp", "similarity"], default="exp")
     flag("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
     flag("--raw", action="store_true", help="the last block's output before the final norm")
-    flag("--last", type=int, default=1, help="outputs of the last blocks side by side, before the final norm (4: MIM-Refiner C.10)")
+    flag("--last", type=int, default=1, help="last blocks side by side, before the final norm (C.10: 4)")
     flag("--per_block", action="store_true", help="of each block's output, before the final norm")
     flag = command(run_probe, linear_probe)
     flag("--recipe", choices=list(PROBE_RECIPES), default="mae_ct", help="dinov2: 52 probes; lars: as CAN and MAE")
     flag("--epochs", type=int, help="default: the recipe's")
     flag("--batch", type=int, help="default: the recipe's")
-    flag("--last", type=int, default=1, help="last blocks side by side; several are taken before the final norm (MAE-CT Table 15)")
+    flag("--last", type=int, default=1, help="last blocks side by side, several before the final norm")
     flag("--both", action="store_true", help="[CLS] and the patches' mean side by side (MAE-CT Table 15)")
     flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
     flag = command(run_lowshot, lowshot)

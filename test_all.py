@@ -3544,7 +3544,8 @@ def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(folders, tmp_p
     sets, run = common.load_splits(str(data), labels=True), protocols.Machine(CPU)
     (x, y), (test_x, test_y) = (protocols.features(encoder, images, run, [1, 2, 3]) for images in sets)
     how = dict(ks=(3,), standardize=True)
-    beside = protocols.knn(torch.cat([x[:, 1], x[:, 2]], 1), y, torch.cat([test_x[:, 1], test_x[:, 2]], 1), test_y, **how)
+    a, b = (torch.cat([features[:, 1], features[:, 2]], 1) for features in (x, test_x))
+    beside = protocols.knn(a, y, b, test_y, **how)
     assert found("--last", 2, "--standardize")["knn"] == beside["knn"]
     assert found("--last", 1, "--raw")["knn"] == protocols.knn(x[:, 2], y, test_x[:, 2], test_y, ks=(3,))["knn"]
     each = [protocols.knn(x[:, b], y, test_x[:, b], test_y, temperature=0, **how)["knn"] for b in range(3)]
@@ -3673,7 +3674,7 @@ def test_the_best_probe_is_written_as_a_classifier_of_its_features(recipe, last,
     assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["probe"], abs=1e-4)
     assert result["probe"] > 30  # chance is 25
     if recipe.startswith("dinov2"):
-        names = ["mean of the last block", "both of the last block", "mean of the last 4 blocks", "both of the last 4 blocks"]
+        names = [f"{pool} of the last {what}" for what in ("block", "4 blocks") for pool in ("mean", "both")]
         assert list(result["probe_by_features"]) == (names if recipe == "dinov2" else names[2:])
     elif last > 1:
         assert classifier.blocks == list(range(5 - last, 5)) and classifier.pool == (pool or "mean")
@@ -4106,11 +4107,11 @@ BAD_EVAL = [
     ),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--precision", "fp16"], "--precision fp16"),
     (["knn", "--data", "labelled"], "--encoder"),
-    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted; the encoder has 6"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted, but"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "0"], "the last 0 blocks"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "2", "--per_block"], "leave out --last 2"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted"),
-    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "dinov2", "--both"], "leave out --last and --both"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "dinov2", "--both"], "leave out --last"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--epochs", "0"], "--epochs 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "adam"], "invalid choice: 'adam'"),
