@@ -3532,24 +3532,30 @@ def test_knn_is_scikit_learns():
 
 def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(folders, tmp_path):
     file, data = tmp_path / "encoder.pt", folders / "labelled"
-    common.save_encoder(file, randomized(nano(depth=3)).float())
-    encoder = common.load_encoder(file)
+    common.save_encoder(file, nano(depth=3))
+    encoder, run = common.load_encoder(file), protocols.Machine(CPU)
+    (x, y), (test_x, _) = (protocols.features(encoder, i, run, [1, 2, 3]) for i in common.load_splits(str(data), labels=True))
 
-    def found(*flags):
+    def asked(*flags):
         argv = ["knn", "--encoder", file, "--data", data, "--precision", "float32", "--workers", 0, "--k", 3, *flags]
-        with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
-            protocols.main([str(a) for a in argv])
-        return json.loads((tmp_path / "knn.json").read_text())
+        with mock.patch.object(protocols, "knn", return_value={"knn": 1.0}) as knn:
+            with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+                protocols.main([str(a) for a in argv])
+        return [(call.args[0], call.args[2], call.kwargs) for call in knn.call_args_list]
 
-    sets, run = common.load_splits(str(data), labels=True), protocols.Machine(CPU)
-    (x, y), (test_x, test_y) = (protocols.features(encoder, images, run, [1, 2, 3]) for images in sets)
-    how = dict(ks=(3,), standardize=True)
-    a, b = (torch.cat([features[:, 1], features[:, 2]], 1) for features in (x, test_x))
-    beside = protocols.knn(a, y, b, test_y, **how)
-    assert found("--last", 2, "--standardize")["knn"] == beside["knn"]
-    assert found("--last", 1, "--raw")["knn"] == protocols.knn(x[:, 2], y, test_x[:, 2], test_y, ks=(3,))["knn"]
-    each = [protocols.knn(x[:, b], y, test_x[:, b], test_y, temperature=0, **how)["knn"] for b in range(3)]
-    assert found("--per_block", "--standardize", "--votes", "similarity")["knn_per_block"] == each
+    dino = dict(ks=[3], temperature=0.07, standardize=False)
+    ((found, found_test, how),) = asked("--last", 2, "--standardize")
+    assert error(found, torch.cat([x[:, 1], x[:, 2]], 1)) < 1e-6 and how == dino | dict(standardize=True)
+    assert error(found_test, torch.cat([test_x[:, 1], test_x[:, 2]], 1)) < 1e-6
+    ((found, _, how),) = asked("--raw")
+    assert error(found, x[:, 2]) < 1e-6 and how == dino
+    ((found, _, _),) = asked()
+    assert error(found, protocols.features(encoder, common.load_images(str(data), "train"), run)[0]) < 1e-6
+    calls = asked("--per_block", "--votes", "similarity")
+    assert len(calls) == 3 and all(how == dino | dict(temperature=0) for *_, how in calls)
+    order = torch.stack([(calls[0][0] - row).abs().sum(1).argmin() for row in x[:, 0]])  # a bank is in an order of its own
+    for block, (found, found_test, _) in enumerate(calls):
+        assert error(found[order], x[:, block]) < 1e-6 and error(found_test, test_x[:, block]) < 1e-6
 
 
 def test_nearest_in_chunks_is_nearest_at_once():
