@@ -769,8 +769,8 @@ def adamw(groups, betas=(0.9, 0.95), zero=False):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in MAE's
-    form: large-batch linear probes (CAN, Table 11).
+    """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in the
+    form that MAE has for linear probes of large batches (CAN, Table 11).
 
         g ← g + weight_decay · w;  g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
 

@@ -191,7 +191,7 @@ def last_blocks(encoder, count):
         InputError: the encoder has fewer.
     """
     if not 1 <= count <= encoder.depth:
-        raise InputError(f"the last {count} blocks are wanted; the encoder has {encoder.depth}, choose 1 to {encoder.depth}")
+        raise InputError(f"the last {count} blocks are wanted, but the encoder has {encoder.depth}: choose 1 or more of them")
     return list(range(encoder.depth - count + 1, encoder.depth + 1))
 
 
@@ -315,8 +315,8 @@ def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000, **how):
 
 
 def run_knn(args, encoder, run):
-    """Subcommand knn. Several blocks, or with --raw the last, are taken before the final norm, as in MIM-Refiner's code:
-    C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
+    """Subcommand knn. Several blocks, or with --raw the last, are taken before the final norm, as in MIM-Refiner's
+    code: C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
     if args.per_block and args.last > 1:
         raise InputError(f"--per_block takes each block by itself: leave out --last {args.last}")
     blocks = last_blocks(encoder, args.last) if args.last != 1 or args.raw else None
@@ -336,7 +336,7 @@ DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1
 
 @dataclass(frozen=True)
 class ProbeRecipe:
-    """How probes are trained: momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops in all of them."""
+    """How probes are trained; all with momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops."""
 
     epochs: int
     batch: int
@@ -418,8 +418,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
     batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
-    SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD is
-    proportional to lr, so each probe's rate is a weight of its loss. LARS cancels such weights: there every rate has
+    SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine. An update of plain SGD
+    is proportional to lr, so each probe's rate is a weight of its loss. LARS cancels such weights: there every rate has
     `Probes` of its own.
 
     Args:
@@ -435,7 +435,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     sets = sets or {"": test_x.shape[1]}
     together = 1 if lars else len(lrs)
     repeat = len(lrs) // together
-    heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat)).to(test_x.device)
+    heads = nn.ModuleList(Probes(together, width, classes) for width in sets.values() for _ in range(repeat))
+    heads.to(test_x.device)
     rates = [lr * batch / 256 for _ in sets for lr in lrs]  # as in the result of `logits`
 
     apart = lambda x: [part for part in x.split(list(sets.values()), 1) for _ in range(repeat)]  # one for each of `heads`
@@ -479,7 +480,7 @@ def cached_probe(x, y, test_x, test_y, epochs=50):
 
 
 def feature_sets(encoder, x, sets):
-    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side, in one pass.
+    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side: [n, F].
 
     The last block alone is taken after the final norm, several are taken before it (MIM-Refiner's code; DINOv2's
     passes each of them through the final norm). "both" pools each of several blocks (DINOv2: the last one's patches).
@@ -2041,13 +2042,13 @@ def main(argv):
     flag("--votes", choices=["exp", "similarity"], default="exp")
     flag("--standardize", action="store_true", help="as MIM-Refiner, with --raw")
     flag("--raw", action="store_true", help="the last block's output before the final norm")
-    flag("--last", type=int, default=1, help="outputs of the last blocks side by side, before the final norm (4: MIM-Refiner C.10)")
+    flag("--last", type=int, default=1, help="last blocks side by side, before the final norm (C.10: 4)")
     flag("--per_block", action="store_true", help="of each block's output, before the final norm")
     flag = command(run_probe, linear_probe)
     flag("--recipe", choices=list(PROBE_RECIPES), default="mae_ct", help="dinov2: 52 probes; lars: as CAN and MAE")
     flag("--epochs", type=int, help="default: the recipe's")
     flag("--batch", type=int, help="default: the recipe's")
-    flag("--last", type=int, default=1, help="last blocks side by side; several are taken before the final norm (MAE-CT Table 15)")
+    flag("--last", type=int, default=1, help="last blocks side by side, several before the final norm")
     flag("--both", action="store_true", help="[CLS] and the patches' mean side by side (MAE-CT Table 15)")
     flag("--cached", action="store_true", help="one unaugmented pass instead of crops and flips")
     flag = command(run_lowshot, lowshot)

@@ -3980,23 +3980,30 @@ def test_knn_is_scikit_learns():
 
 def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(folders, tmp_path):
     file, data = tmp_path / "encoder.pt", folders / "labelled"
-    common.save_encoder(file, randomized(nano(depth=3)).float())
-    encoder = common.load_encoder(file)
+    common.save_encoder(file, nano(depth=3))
+    encoder, run = common.load_encoder(file), protocols.Machine(CPU)
+    (x, y), (test_x, _) = (protocols.features(encoder, i, run, [1, 2, 3]) for i in common.load_splits(str(data), labels=True))
 
-    def found(*flags):
+    def asked(*flags):
         argv = ["knn", "--encoder", file, "--data", data, "--precision", "float32", "--workers", 0, "--k", 3, *flags]
-        with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
-            protocols.main([str(a) for a in argv])
-        return json.loads((tmp_path / "knn.json").read_text())
+        with mock.patch.object(protocols, "knn", return_value={"knn": 1.0}) as knn:
+            with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()):
+                protocols.main([str(a) for a in argv])
+        return [(call.args[0], call.args[2], call.kwargs) for call in knn.call_args_list]
 
-    sets, run = common.load_splits(str(data), labels=True), protocols.Machine(CPU)
-    (x, y), (test_x, test_y) = (protocols.features(encoder, images, run, [1, 2, 3]) for images in sets)
-    how = dict(ks=(3,), standardize=True)
-    beside = protocols.knn(torch.cat([x[:, 1], x[:, 2]], 1), y, torch.cat([test_x[:, 1], test_x[:, 2]], 1), test_y, **how)
-    assert found("--last", 2, "--standardize")["knn"] == beside["knn"]
-    assert found("--last", 1, "--raw")["knn"] == protocols.knn(x[:, 2], y, test_x[:, 2], test_y, ks=(3,))["knn"]
-    each = [protocols.knn(x[:, b], y, test_x[:, b], test_y, temperature=0, **how)["knn"] for b in range(3)]
-    assert found("--per_block", "--standardize", "--votes", "similarity")["knn_per_block"] == each
+    dino = dict(ks=[3], temperature=0.07, standardize=False)
+    ((found, found_test, how),) = asked("--last", 2, "--standardize")
+    assert error(found, torch.cat([x[:, 1], x[:, 2]], 1)) < 1e-6 and how == dino | dict(standardize=True)
+    assert error(found_test, torch.cat([test_x[:, 1], test_x[:, 2]], 1)) < 1e-6
+    ((found, _, how),) = asked("--raw")
+    assert error(found, x[:, 2]) < 1e-6 and how == dino
+    ((found, _, _),) = asked()
+    assert error(found, protocols.features(encoder, common.load_images(str(data), "train"), run)[0]) < 1e-6
+    calls = asked("--per_block", "--votes", "similarity")
+    assert len(calls) == 3 and all(how == dino | dict(temperature=0) for *_, how in calls)
+    order = torch.stack([(calls[0][0] - row).abs().sum(1).argmin() for row in x[:, 0]])  # a bank is in an order of its own
+    for block, (found, found_test, _) in enumerate(calls):
+        assert error(found[order], x[:, block]) < 1e-6 and error(found_test, test_x[:, block]) < 1e-6
 
 
 def test_nearest_in_chunks_is_nearest_at_once():
@@ -4121,7 +4128,7 @@ def test_the_best_probe_is_written_as_a_classifier_of_its_features(recipe, last,
     assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["probe"], abs=1e-4)
     assert result["probe"] > 30  # chance is 25
     if recipe.startswith("dinov2"):
-        names = ["mean of the last block", "both of the last block", "mean of the last 4 blocks", "both of the last 4 blocks"]
+        names = [f"{pool} of the last {what}" for what in ("block", "4 blocks") for pool in ("mean", "both")]
         assert list(result["probe_by_features"]) == (names if recipe == "dinov2" else names[2:])
     elif last > 1:
         assert classifier.blocks == list(range(5 - last, 5)) and classifier.pool == (pool or "mean")
@@ -5711,11 +5718,11 @@ BAD_EVAL = [
     ([*ROBUST, "--mapping", "a_file"], "a_file is not readable"),
     ([*ROBUST, "--mapping", "list.json"], "list.json holds no JSON dict"),
     (["knn", "--data", "labelled"], "--encoder"),
-    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted; the encoder has 6"),
+    (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted, but"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "0"], "the last 0 blocks"),
     (["knn", "--encoder", "wide.pt", "--data", "labelled", "--last", "2", "--per_block"], "leave out --last 2"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--last", "7"], "the last 7 blocks are wanted"),
-    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "dinov2", "--both"], "leave out --last and --both"),
+    (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "dinov2", "--both"], "leave out --last"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--epochs", "0"], "--epochs 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "adam"], "invalid choice: 'adam'"),
