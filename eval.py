@@ -1985,7 +1985,7 @@ def run_video(args, encoder, run):
         if sets[0].motions is None:
             raise InputError(f"--label motion: --data {args.data} has no second label, moving_shapes has")
         sets = [dataclasses.replace(v, labels=v.motions, classes=MOTIONS) for v in sets]
-    built_in = dict(epochs=8, warmup=0.1, batch=64, lr=4e-3) if args.data == "moving_shapes" else {}  # chosen
+    built_in = dict(epochs=4, warmup=0.1, batch=32, lr=8e-3) if args.data == "moving_shapes" else {}  # chosen
     s = given_settings(args, sets[0], recipe("vicmae_subset", encoder.dim) | built_in)
     args.temporal, args.spatial = (own if own is not None else default for own, default in zip(
         (args.temporal, args.spatial), (3, 1) if built_in else (7, 3)))  # fmt: skip
