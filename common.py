@@ -47,7 +47,7 @@ class InputError(ValueError):
     """Something the user gave cannot work; the message says what was given, what was expected and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------- distributed
+# -------------------------------------------------------------------------------------------------------- distributed
 
 
 def start() -> torch.device:
@@ -154,7 +154,7 @@ class BatchNorm(nn.Module):
         return x
 
 
-# ------------------------------------------------------------------------------------------- random numbers by key
+# ---------------------------------------------------------------------------------------------- random numbers by key
 
 
 def _mix(z):
@@ -180,7 +180,7 @@ def uniform(key, rows, *shape, device=None):
     return (bits.float() * 2**-24).view(len(rows), *shape)
 
 
-# ---------------------------------------------------------------------------------------------- vision transformer
+# ------------------------------------------------------------------------------------------------- vision transformer
 
 # size: (width D, depth, heads); patch size and image size are free. `nano` and `mini` serve small images.
 VIT_SIZES = {
@@ -461,7 +461,7 @@ def drop_path(rate, noise):
     return (noise >= rates) / (1 - rates)
 
 
-# ---------------------------------------------------------------------------------------------- masked autoencoder
+# ------------------------------------------------------------------------------------------------- masked autoencoder
 
 
 def take(tokens, ids):
@@ -547,7 +547,7 @@ def mae_loss(pred, images, mask, norm_pix=True):
     return (error * mask).sum(1) / mask.sum(1)
 
 
-# ------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
+# ----------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
 
 
 def mlp_head(*dims, last_norm, eps=1e-5):
@@ -653,7 +653,7 @@ def frozen_copy(module):
     return copy.deepcopy(module).requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------------------------- the step
 
 
 def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
@@ -721,7 +721,7 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     return loss, aux
 
 
-# --------------------------------------------------------------------------------------------------- optimisation
+# ------------------------------------------------------------------------------------------------------- optimisation
 
 
 def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
@@ -809,7 +809,7 @@ def set_lr(optimizer, factor):
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-# ----------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------------------- data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -1570,7 +1570,7 @@ def batches(images, views, batch, start, stop, seed, device, workers, skipped):
         yield Batch(cut, index, labels[index], rows, epoch)
 
 
-# --------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------------------------- augmentation
 
 
 @dataclass
@@ -1681,7 +1681,7 @@ def augment(x, colour=None, noise=None):
     return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass
@@ -1718,8 +1718,8 @@ def parse_settings(cls, presets, argv, description):
     """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
 
     Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME. `presets` gets the given flags as a
-    dict and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is the base, and flags that say
-    otherwise are refused.
+    dict and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
+    the base, and flags that say otherwise are refused.
 
     Raises:
         InputError: an unknown flag or value, or a config.json that is not of this program.
@@ -1748,7 +1748,8 @@ def parse_settings(cls, presets, argv, description):
         what = f"{config} does not fit this program ({', '.join(odd[:4])})"
         raise InputError(f"{what}: resume with the program and version that wrote it, or start a new run")
     for key, value in given.items():
-        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")  # they change no result
+        # what changes no result
+        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")
         if key not in free and saved.get(key) != value:
             raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
     return check_numbers(cls(**{**saved, **given}))
@@ -2228,7 +2229,7 @@ def launch(main):
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------- MAE pre-training
+# --------------------------------------------------------------------------------------------------- MAE pre-training
 
 
 def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epochs, weight_decay=0.05, mask_ratio=0.75,
@@ -2276,7 +2277,7 @@ def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
     return unpatchify(target * (1 - mask), p, h, w), unpatchify(target * (1 - mask) + pred * mask, p, h, w)
 
 
-# --------------------------------------------------------------------------------------------- weights in and out
+# ------------------------------------------------------------------------------------------------- weights in and out
 
 HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()}  # of public files, which do not say
 DATA2VEC_NAMES = {
@@ -2377,7 +2378,7 @@ def _load_weights(encoder, state, side, path):
     load_state(encoder, state, str(path))
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def to_bytes(x):
@@ -2460,7 +2461,8 @@ def draw_points(path, points, labels, names, side=480):
     at = ((points - low) / (high - low).clamp(min=1e-12) * (side - 16) + 8).tolist()
     canvas = Image.new("RGB", (side + 140 * (len(names) <= 20), side), "white")
     pen = ImageDraw.Draw(canvas)
-    colours = [f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)" for i in range(len(names))]
+    shade = lambda i: f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)"
+    colours = [shade(i) for i in range(len(names))]
     for (x, y), label in zip(at, labels.tolist()):
         pen.ellipse((x - 1.5, side - y - 1.5, x + 1.5, side - y + 1.5), fill=colours[label])
     for i, name in enumerate(names if len(names) <= 20 else []):

@@ -1,13 +1,17 @@
-"""Evaluation of an encoder: one function per protocol, each a subcommand.
+"""Evaluation of an encoder: every protocol of the five papers, one function and one subcommand each.
 
-    python eval.py knn     --encoder runs/001/encoder.pt --data /path/to/imagenet
-    python eval.py probe   --encoder runs/001/encoder.pt --data /path/to/imagenet        (writes probe.pt beside it)
-    python eval.py cluster --encoder runs/001/encoder.pt --data /path/to/imagenet
-    python eval.py finetune --encoder runs/001/encoder.pt --data /path/to/imagenet --blocks 1
-    torchrun --nproc_per_node 8 eval.py knn --encoder mae_vit_large.pth --data /path/to/imagenet
+    python eval.py knn --encoder runs/001/encoder.pt --data /path/to/imagenet
+    python eval.py probe --encoder runs/001/encoder.pt --data /path/to/imagenet --recipe dinov2     (writes probe.pt)
+    python eval.py robust --encoder runs/001/encoder.pt --sets /path/to/imagenet-r                  (reads probe.pt)
+    torchrun --nproc_per_node 8 eval.py finetune --encoder mae_vit_large.pth --data /path/to/imagenet
 
-Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it as JSON
-beside the encoder. What a protocol's text leaves open stands in its function's docstring.
+    classification   knn · probe · lowshot · finetune · transfer · robust · video
+    structure        cluster · retrieve · embed · segment
+    analysis         blocks · invariance · colorhist · stats
+
+Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it, with its
+settings, as PROTOCOL.json beside the encoder; `run` is the Machine it runs on. What a protocol's text leaves open stands
+in its function's docstring.
 """
 
 import argparse
@@ -45,7 +49,7 @@ from common import (
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- one pass over the data
+# --------------------------------------------------------------------------------------------- one pass over the data
 
 
 @dataclass
@@ -69,7 +73,8 @@ def progress(items, total, what):
         now = time.time()
         if sys.stdout.isatty() and (now - shown > 0.5 or done == total):
             shown, left = now, (now - begin) / done * (total - done)
-            print0(f"{what} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left ", end="\n" if done == total else "\r")
+            left = f"{int(left // 60)}:{int(left % 60):02d} left "
+            print0(f"{what} {done}/{total}  {left}", end="\n" if done == total else "\r")
 
 
 def splits(args):
@@ -221,7 +226,8 @@ class Classifier(nn.Module):
     def save(self, path, with_encoder):
         """{"classifier": …}; `with_encoder` besides all that encoder.pt has."""
         parts = {f"{p}.{k}": v for p in ("norm", "head") for k, v in getattr(self, p).state_dict().items()}
-        content = dict(state=parts, classes=self.classes, blocks=self.blocks, pool=self.pool, eps=getattr(self.norm, "eps", None))
+        content = dict(state=parts, classes=self.classes, blocks=self.blocks, pool=self.pool)
+        content["eps"] = getattr(self.norm, "eps", None)
         if with_encoder:
             save_encoder(path, self.encoder, classifier=content)
         else:
@@ -239,14 +245,16 @@ def load_classifier(path, encoder):
         raise InputError(f"{path} holds no classifier: `eval.py probe` writes probe.pt, `eval.py finetune` finetuned.pt")
     own, how = "model" in content, content["classifier"]
     encoder = load_encoder(path).to(encoder.cls_token.device) if own else encoder
-    norm = None if how["eps"] is None else BatchNorm(how["state"]["norm.running_mean"].shape[-1], affine=False, eps=how["eps"])
+    norm = None
+    if how["eps"] is not None:
+        norm = BatchNorm(*how["state"]["norm.running_mean"].shape, affine=False, eps=how["eps"])
     classifier = Classifier(encoder, how["classes"], how["blocks"], how["pool"], norm).to(encoder.cls_token.device)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | how["state"]
     load_state(classifier, state, str(path))
     return classifier.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------- k-NN
+# --------------------------------------------------------------------------------------------------------------- k-NN
 
 
 @torch.no_grad()
@@ -328,7 +336,7 @@ def run_knn(args, encoder, run):
     return knn(x.flatten(1), y, test_x.flatten(1), test_y, **how)
 
 
-# ------------------------------------------------------------------------------------------------- linear probing
+# ----------------------------------------------------------------------------------------------------- linear probing
 
 PROBE_LRS = tuple(i / 100 for i in range(10, 0, -1))  # MAE-CT, Table 11: 0.1, 0.09, … 0.01
 DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -543,7 +551,7 @@ def run_probe(args, encoder, run):
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------- few labels
+# --------------------------------------------------------------------------------------------------------- few labels
 
 
 def minimise(function, w, convexity, tolerance=1e-3, memory=10, iterations=1000):
@@ -663,7 +671,7 @@ def run_lowshot(args, encoder, run):
     return {str(n): lowshot(*sets, [place[split] for split in of], recipe=args.recipe) for n, of in draws.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
+# -------------------------------------------------------------------------------------------------------- fine-tuning
 
 
 @dataclass
@@ -1009,7 +1017,7 @@ def run_finetune(args, encoder, run):
     return {"images": len(train)} | result
 
 
-# ------------------------------------------------------------------------------------------------------ clustering
+# --------------------------------------------------------------------------------------------------------- clustering
 
 
 def kmeans_plus_plus(x, k, runs, precision, seed):
@@ -1192,7 +1200,7 @@ def run_cluster(args, encoder, run):
     return result
 
 
-# --------------------------------------------------------------------------------------------------- retrieval and maps
+# ------------------------------------------------------------------------------------------------- retrieval and maps
 
 
 def draw_neighbours(path, images, size, index, caption, labels=None):
@@ -1272,7 +1280,7 @@ def run_embed(args, encoder, run):
 
 
 
-# --------------------------------------------------------------------------------------------------- what features hold
+# ------------------------------------------------------------------------------------------------- what features hold
 
 
 def reconstruction_per_block(encoder, train, val, run, epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16, seed=0):
@@ -1358,6 +1366,11 @@ CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts 
 }
 
 
+def standardise(x):
+    """Pixels in [0, 1] → standardised images."""
+    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
+
+
 def unstandardise(x):
     """Standardised images → pixels in [0, 1]."""
     return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
@@ -1370,11 +1383,11 @@ def invariance(classifier, images, run):
     Returns:
         {"rotation", "colour"}: means over images and changes, between 0 and 1.
     """
-    predict = lambda pixels: classifier((pixels - channels(MEAN, pixels.device, pixels.dtype)) / channels(STD, pixels.device, pixels.dtype))
 
     def changed(x):
         pixels, p = unstandardise(x), classifier(x).softmax(-1)
-        every = [effective_invariance(p, predict(f(pixels)).softmax(-1)) for fs in CHANGES.values() for f in fs]
+        predict = lambda f: classifier(standardise(f(pixels))).softmax(-1)
+        every = [effective_invariance(p, predict(f)) for fs in CHANGES.values() for f in fs]
         return torch.stack(every, 1)  # [n, changes]
 
     found = outputs(changed, images, classifier.encoder.config["image_size"], run)[0].mean(0)
@@ -1424,9 +1437,8 @@ def colorhist(encoder, train, val, run, epochs=10, batch=1024, lr=0.1, seed=0):
     norm.eval()
 
     def errors(x):
-        truth = histograms(x)
-        wrong = [(tell(promote(pooled(encoder, x, blocks, "cls"))) - truth).abs().mean(2), (1 / 64 - truth).abs().mean(1)[None]]
-        return torch.cat(wrong).T  # [n, B + 1]
+        told, truth = tell(promote(pooled(encoder, x, blocks, "cls"))), histograms(x)
+        return torch.cat([(told - truth).abs().mean(2), (1 / 64 - truth).abs().mean(1)[None]]).T  # [n, B + 1]
 
     found = outputs(errors, val, size, run)[0].mean(0)
     return (100 * found[:-1] / found[-1]).tolist()
@@ -1450,7 +1462,11 @@ def run_stats(args, encoder, run):
     """Subcommand stats: the averages over features of the mean and of the variance of [CLS], after the last block and after
     the final norm (MIM-Refiner Table 14 does not say which)."""
     train, val = load_splits(args.data)
-    both = lambda x: torch.stack([t[:, 0] for t in last_and_normed(encoder, x)], 1)  # [n, 2, D]
+
+    def both(x):
+        (tokens,) = encoder(x, blocks=[encoder.depth])
+        return torch.stack([tokens[:, 0], encoder.norm(tokens)[:, 0]], 1)  # [n, 2, D]
+
     x, _ = outputs(both, val or train, encoder.config["image_size"], run)
     var, mean = torch.var_mean(x, 0)
     return {
@@ -1459,14 +1475,7 @@ def run_stats(args, encoder, run):
     }
 
 
-def last_and_normed(encoder, x):
-    """Tokens after the last block, and after the final norm."""
-    (tokens,) = encoder(x, blocks=[encoder.depth])
-    return tokens, encoder.norm(tokens)
-
-
-
-# ---------------------------------------------------------------------------------------------- robustness and transfer
+# -------------------------------------------------------------------------------------------- robustness and transfer
 
 
 def matched(folders, classes, mapping=None):
@@ -1577,7 +1586,8 @@ def run_robust(args, encoder, run):
         result[name] = robust(classifier, images, held[images.labels], run, held.any(0))
     if args.real:
         images = load_images(args.data, "val", labels=False)
-        right = real_labels(images, read_json(args.real, "expected ReaL's lists of class numbers", (list, dict)), classifier.classes, args.real)
+        content = read_json(args.real, "expected ReaL's lists of class numbers", (list, dict))
+        right = real_labels(images, content, classifier.classes, args.real)
         result["ReaL"] = robust(classifier, images, right, run)
     return result
 
@@ -1658,7 +1668,7 @@ def run_transfer(args, encoder, run):
     return result
 
 
-# --------------------------------------------------------------------------------------------------------- segmentation
+# ------------------------------------------------------------------------------------------------------- segmentation
 
 SEGMENT_LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # C.8: a reduced grid; this is the authors' code's
 
@@ -1745,8 +1755,8 @@ def annotated_batches(images, keys, crop, run):
 
 
 def pixel_logits(logits, grid, size):
-    """Logits of patches [P, n · L, C] of the grid, upsampled (bilinear) to pixels [P, n, size, size, C], as two matrix
-    products, whose backward pass is the faster one."""
+    """Logits of patches [P, n · L, C] of the grid, upsampled (bilinear, as two matrix products) to pixels
+    [P, n, size, size, C]."""
     rows, columns = (F.interpolate(torch.eye(side).to(logits)[None], size, mode="linear")[0].T for side in grid)
     logits = columns @ logits.unflatten(1, (-1, *grid))  # [P, n, h, size, C]
     return (rows @ logits.flatten(3)).unflatten(3, (size, -1))
@@ -1845,7 +1855,7 @@ def run_segment(args, encoder, run):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------- video
+# -------------------------------------------------------------------------------------------------------------- video
 
 # How a 2-D ViT sees a clip, how clips are drawn and what regularises the fine-tuning, ViC-MAE does not say: all of it is
 # chosen here. From the paper are multi-view testing (Section 4) and, for the optimiser, Table 8.
@@ -1992,7 +2002,7 @@ def run_video(args, encoder, run):
     return video(encoder, *sets, run, s, args.frames, args.how, args.temporal, args.spatial)
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------------------------- main
 
 
 def evaluate(encoder, train, val, run, normalization="standardize"):

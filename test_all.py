@@ -136,7 +136,7 @@ def write_pictures(folder, sizes, suffix="png"):
     return files
 
 
-# ---------------------------------------------------------------------------------------------------- distributed
+# -------------------------------------------------------------------------------------------------------- distributed
 
 # What one process computes with the whole global batch, and each of two with its half: `worker` runs this under
 # torchrun, the fixture `two` alone as well.
@@ -591,7 +591,7 @@ def test_batch_norm_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(common.BatchNorm(2, 3).double(), normal(2, 6, 3).requires_grad_())
 
 
-# ------------------------------------------------------------------------------------------- random numbers by key
+# ---------------------------------------------------------------------------------------------- random numbers by key
 
 
 def splitmix(z):
@@ -650,7 +650,7 @@ def test_uniform_on_a_gpu_is_that_of_the_cpu():
     assert torch.equal(uniform((3,), rows, 50, device="cuda").cpu(), uniform((3,), rows, 50))
 
 
-# ---------------------------------------------------------------------------------------------- vision transformer
+# ------------------------------------------------------------------------------------------------- vision transformer
 
 
 def plain_norm(x, norm):
@@ -899,7 +899,7 @@ def test_weights_start_as_maes():
         assert token.std().item() == pytest.approx(0.02, rel=0.4)
 
 
-# ---------------------------------------------------------------------------------------------- masked autoencoder
+# ------------------------------------------------------------------------------------------------- masked autoencoder
 
 
 @pytest.mark.parametrize(
@@ -981,7 +981,7 @@ def test_decoder_puts_every_token_in_its_place():
         assert error(found[n], x[1:]) < 1e-10
 
 
-# ------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
+# ----------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
 
 
 def torch_head(head):
@@ -1162,7 +1162,7 @@ def test_ema_of_zero_is_a_copy():
     assert torch.equal(target.weight, source.weight)
 
 
-# ------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------------------------- the step
 
 
 def step_case(kind):
@@ -1262,7 +1262,7 @@ def test_micro_batches_on_a_gpu_give_the_step_in_one_piece():
     assert all_equal(results[1], results[0], 1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- optimisation
+# ------------------------------------------------------------------------------------------------------- optimisation
 
 
 def test_layer_wise_decay_by_number():
@@ -1369,7 +1369,7 @@ def test_lars_is_its_formula():
             assert error(p, torch.from_numpy(expected)) < 1e-12
 
 
-# ----------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------------------- data
 
 
 def random_resized_crop(noise, height, width, scale):
@@ -1790,7 +1790,7 @@ def test_only_the_sampled_frames_of_a_video_file_are_decoded(tmp_path, monkeypat
     assert "2.mp4: no readable video (moov atom not found)" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------------------------- augmentation
 
 
 def unit_pictures(count, side):
@@ -1881,7 +1881,7 @@ def test_crops_and_colours_on_a_gpu_are_those_of_the_cpu():
     assert error(common.augment(x.cuda(), colour, noise), common.augment(x, colour, noise)) < 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------------------------- runs
 
 # A whole run in a second: 16 pictures of 24 x 24, 2 steps an epoch, 6 steps a stage
 TINY = """--model vit_nano8 --image_size 16 --decoder_dim 16 --decoder_depth 1 --decoder_heads 2 --mae_batch 8 --batch 8
@@ -2271,7 +2271,7 @@ def test_precision_is_named_or_found():
         common.precision_of("fp16", CPU)
 
 
-# ----------------------------------------------------------------------------------------------- MAE pre-training
+# --------------------------------------------------------------------------------------------------- MAE pre-training
 
 
 def test_pretraining_takes_the_steps_of_a_plain_loop(tmp_path):
@@ -2319,7 +2319,7 @@ def test_reconstruction_shows_visible_patches_and_predictions():
             assert torch.equal(cut(masked), cut(x)) and error(cut(restored), cut(x)) < 1e-12
 
 
-# --------------------------------------------------------------------------------------------- weights in and out
+# ------------------------------------------------------------------------------------------------- weights in and out
 
 
 def nano(**changes):
@@ -2464,7 +2464,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.pt") == 1
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def test_a_drawn_picture_holds_the_images_and_their_frames(tmp_path):
@@ -2491,7 +2491,7 @@ def test_drawn_curves_stand_where_their_values_are(tmp_path):
     assert orange[(top + bottom) // 2, (left + right) // 2] and orange[bottom, left]  # b is drawn last
 
 
-# --------------------------------------------------------------------------------------------------------- MAE-CT
+# ------------------------------------------------------------------------------------------------------------- MAE-CT
 
 
 def test_settings_are_those_of_tables_9_and_10():
@@ -2738,7 +2738,7 @@ def test_the_short_built_in_run_learns(tmp_path):
     assert results["mae_ct"]["knn"] > results["mae"]["knn"] > 15  # chance is 10
 
 
-# ---------------------------------------------------------------------------------------------------- MIM-Refiner
+# -------------------------------------------------------------------------------------------------------- MIM-Refiner
 
 
 def test_settings_are_those_of_table_10():
@@ -3021,7 +3021,7 @@ def test_knn_per_block_is_a_vote_on_each_blocks_standardised_cls_token():
     assert len(set(drawn.tolist())) == 12 and len(train.labels[drawn].unique()) == 3 and whole[1] is val
 
 
-# -------------------------------------------------------------------------------------------------------- ViC-MAE
+# ------------------------------------------------------------------------------------------------------------ ViC-MAE
 
 
 def test_settings_are_those_of_table_7():
@@ -3161,7 +3161,7 @@ def test_vicmae_leaves_its_files_and_resumes_to_the_same(folders, clips, tmp_pat
 def test_videos_without_labels_train_too(clips, tmp_path):
     main(*VICMAE, "--data", clips / "train", "--out", tmp_path / "run", program=vicmae)
     assert not (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "encoder.pt").exists()
-# ----------------------------------------------------------------------------------------------------------- CMAE
+# --------------------------------------------------------------------------------------------------------------- CMAE
 
 
 def cmae_settings(**changes):
@@ -3504,7 +3504,7 @@ def test_a_cmae_run_broken_off_at_any_stage_ends_with_the_same_files(folders, tm
     main("--out", tmp_path / "run", "--resume", program=cmae)
     same_weights(tmp_path / "run", whole, ("mae.pt", "encoder.pt"))
     assert (tmp_path / "run" / "results.json").read_text() == (whole / "results.json").read_text()
-# ------------------------------------------------------------------------------------------------------------ CAN
+# ---------------------------------------------------------------------------------------------------------------- CAN
 
 
 def can_settings(*argv):
@@ -3814,7 +3814,7 @@ def test_the_short_can_run_learns(tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["can"]["knn"] > 15  # chance is 10
 
 
-# ----------------------------------------------------------------------------------------------------- all papers
+# --------------------------------------------------------------------------------------------------------- all papers
 
 SHORT_RUNS = {mae_ct: TINY, mim_refiner: REFINER, can: [*CAN, "--epochs", "4"], cmae: CMAE_TINY, vicmae: VICMAE}
 all_papers = pytest.mark.parametrize("program", SHORT_RUNS, ids=lambda program: program.__name__)
@@ -3936,7 +3936,7 @@ def test_cost_is_arithmetic_and_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------------------------- evaluation
 
 
 def knn_data():
@@ -4574,7 +4574,7 @@ def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest(tmp_path):
     assert corners[1][1] < corners[0][0] < corners[0][1] < corners[1][0] == 3 * 255
 
 
-# ----------------------------------------------------------------------------------------------------------- few labels
+# --------------------------------------------------------------------------------------------------------- few labels
 
 
 def logistic_objective(x, y, w, penalty):
@@ -4675,7 +4675,7 @@ def test_a_subset_keeps_what_belongs_to_its_images(folders):
     assert dataset.subset(torch.tensor([2, 0])).open(0).getpixel((0, 0)) == (2, 2, 2)
 
 
-# --------------------------------------------------------------------------------------------------- retrieval and maps
+# ------------------------------------------------------------------------------------------------- retrieval and maps
 
 
 @pytest.fixture
@@ -4751,7 +4751,7 @@ def test_embed_draws_points_in_the_colours_of_their_classes(labelled_encoder, tm
 
 
 
-# --------------------------------------------------------------------------------------------------- what features hold
+# ------------------------------------------------------------------------------------------------- what features hold
 
 
 def test_effective_invariance_is_the_formula():
@@ -4889,7 +4889,7 @@ def test_statistics_are_averages_over_features_of_cls(labelled_encoder, tmp_path
 
 
 
-# ---------------------------------------------------------------------------------------------- robustness and transfer
+# -------------------------------------------------------------------------------------------- robustness and transfer
 
 
 def test_folders_are_matched_by_name_position_or_mapping(capsys):
@@ -5187,7 +5187,7 @@ def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
         assert 0 < found[name]["voc2007 mAP"] < 100 and 0 <= found[name]["dtd mean per class"] <= 100
 
 
-# --------------------------------------------------------------------------------------------------------- segmentation
+# ------------------------------------------------------------------------------------------------------- segmentation
 
 
 def annotated_shapes(split, count):
@@ -5382,7 +5382,7 @@ def test_annotations_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
 
 
 
-# ---------------------------------------------------------------------------------------------------------------- video
+# -------------------------------------------------------------------------------------------------------------- video
 
 
 def test_one_frame_is_the_same_to_both_ways_of_seeing_a_clip():
@@ -5483,7 +5483,7 @@ def test_video_runs_on_folders_of_frames(clips, tmp_path):
 
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------- bad input
 
 FLAT = [*TINY, "--data", "flat"]
 BAD = [
@@ -5823,7 +5823,7 @@ def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path, program, flags, 
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------ benchmarks
+# --------------------------------------------------------------------------------------------------------- benchmarks
 
 
 def seconds(function):
