@@ -1597,6 +1597,16 @@ def channels(values, device, dtype):
     return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
 
 
+def standardise(x):
+    """Pixels in [0, 1] → ImageNet's mean and deviation taken out."""
+    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
+
+
+def unstandardise(x):
+    """Standardised images → pixels in [0, 1]."""
+    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
+
+
 def grayscale(x):
     """[N, 3, H, W] → luma [N, 1, H, W]."""
     return (x * channels((0.2989, 0.587, 0.114), x.device, x.dtype)).sum(1, keepdim=True)
@@ -1678,7 +1688,7 @@ def augment(x, colour=None, noise=None):
         if solar.any():
             rows = on(solar)
             x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
+    return standardise(x)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -2383,9 +2393,7 @@ def _load_weights(encoder, state, side, path):
 
 def to_bytes(x):
     """Standardised views [N, 3, H, W] → uint8 pictures."""
-    x = promote(x)
-    x = x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)
-    return (x.clamp(0, 1) * 255).round().byte().cpu()
+    return (unstandardise(promote(x)) * 255).round().byte().cpu()
 
 
 def draw(path, rows, side=64):

@@ -40,12 +40,12 @@ from torchvision.transforms.v2 import functional as v2
 
 from common import (
     BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RandomCrops, RunSettings,
-    STD, SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
+    SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
     average_gradients, backward, batches, blend, channels, check_batch, check_numbers, crop_boxes, decode, draw,
     draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
-    random_masking, rank, read_json, save_encoder, save_file, set_lr, start, to_bytes, uniform, warmup_cosine, world,
-    write_atomic,
+    random_masking, rank, read_json, save_encoder, save_file, set_lr, standardise, start, to_bytes, uniform,
+    unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -1364,16 +1364,6 @@ CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts 
         for amount in amounts
     ],
 }
-
-
-def standardise(x):
-    """Pixels in [0, 1] → standardised images."""
-    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
-
-
-def unstandardise(x):
-    """Standardised images → pixels in [0, 1]."""
-    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
 
 
 def invariance(classifier, images, run):
