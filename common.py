@@ -1494,14 +1494,14 @@ def _worker(_):
     torch.set_num_threads(1)
 
 
-def decode(images, keys, cut, device, workers, skipped):
-    """Yields (views, index) for lists of (epoch, index): workers decode each image once and cut every view.
+def decode(images, order, cut, device, workers, skipped):
+    """Yields (views, index) for each (epoch, index [n]) of `order`: workers decode each image once and cut every view.
 
     Unreadable images are replaced by the next readable one; each is named once and counted in the dict `skipped`.
     """
     loader = torch.utils.data.DataLoader(
         _Decoded(images, cut),
-        batch_sampler=keys,
+        batch_sampler=([(epoch, i) for i in index.tolist()] for epoch, index in order),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_worker,
@@ -1528,38 +1528,35 @@ class Batch:
     epoch: int
 
 
+def shuffled(count, batch, start, stop, seed):
+    """Yields (epoch, indices [batch // world]) of steps start … stop − 1. An epoch is a permutation, cut into global batches
+    (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""
+    n, per_epoch, shuffle = batch // world(), count // batch, None
+    for step in range(start, stop):
+        epoch, part = divmod(step, per_epoch)
+        if shuffle is None or part == 0:
+            shuffle = uniform((seed, epoch, "order"), torch.arange(count), 1)[:, 0].argsort(stable=True)
+        yield epoch, shuffle[part * batch + rank() * n :][:n]
+
+
 def batches(images, views, batch, start, stop, seed, device, workers, skipped):
-    """Batches of steps start … stop − 1. The order is a permutation per epoch, cut into global batches (the rest of an
-    epoch is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches.
+    """Batches of steps start … stop − 1, in the order of `shuffled`.
 
     Args:
         views: list of View; batch: global batch size; skipped: dict that counts unreadable images.
     """
-    n, per_epoch = batch // world(), len(images) // batch
-    rows = torch.arange(n) + rank() * n
-    crops, order = RandomCrops(views, seed), {}
-
-    def indices(step):
-        epoch, part = divmod(step, per_epoch)
-        if epoch not in order:
-            order.clear()
-            order[epoch] = uniform((seed, epoch, "order"), torch.arange(len(images)), 1)[:, 0].argsort(stable=True)
-        return epoch, order[epoch][part * batch :][rows]
+    rows = torch.arange(batch // world()) + rank() * (batch // world())
+    crops, per_epoch = RandomCrops(views, seed), len(images) // batch
+    order = shuffled(len(images), batch, start, stop, seed)
 
     def from_memory():
         here = dataclasses.replace(images, pixels=images.pixels.to(device))
-        for step in range(start, stop):
-            epoch, index = indices(step)
+        for epoch, index in order:
             index = index.to(device, non_blocking=True)
             sources = enumerate(zip(views, here.sources(seed, epoch, index)))
             yield [crop_resize(x, crops.box(v, epoch, index, *x.shape[2:]), view.size) for v, (view, x) in sources], index
 
-    def keys():
-        for step in range(start, stop):
-            epoch, index = indices(step)
-            yield [(epoch, i) for i in index.tolist()]
-
-    source = from_memory() if images.pixels is not None else decode(images, keys(), crops, device, workers, skipped)
+    source = from_memory() if images.pixels is not None else decode(images, order, crops, device, workers, skipped)
     labels = images.labels.to(device)
     for step, (cut, index) in zip(range(start, stop), source):
         epoch = step // per_epoch

@@ -44,8 +44,8 @@ from common import (
     average_gradients, backward, batches, blend, channels, check_batch, check_numbers, crop_boxes, decode, draw,
     draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
-    random_masking, rank, read_json, save_encoder, save_file, set_lr, standardise, start, to_bytes, uniform,
-    unstandardise, warmup_cosine, world, write_atomic,
+    random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes,
+    uniform, unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -145,8 +145,8 @@ def center_views(images, size, device, workers, index, batch=256):
         for part in index.split(batch):
             yield images.pixels[part].to(device), part.to(device)
         return
-    keys = [[(0, i) for i in part.tolist()] for part in index.split(batch)]
-    for views, used in decode(images, keys, CenterCrop(size), device, workers, {}):
+    order = ((0, part) for part in index.split(batch))
+    for views, used in decode(images, order, CenterCrop(size), device, workers, {}):
         yield views[0], used
 
 
@@ -391,12 +391,9 @@ class Probes(nn.Module):
 
 def cached_batches(x, y, batch, epochs, seed=0):
     """Batches of cached features [N, D], shuffled every epoch; each rank gets its part."""
-    n = batch // world()
-    for epoch in range(epochs):
-        order = uniform((seed, epoch, "order"), torch.arange(len(x)), 1)[:, 0].argsort().to(x.device)
-        for first in range(rank() * n, len(x) // batch * batch, batch):
-            rows = order[first : first + n]
-            yield x[rows], y[rows]
+    for _, rows in shuffled(len(x), batch, 0, epochs * (len(x) // batch), seed):
+        rows = rows.to(x.device)
+        yield x[rows], y[rows]
 
 
 @torch.no_grad()
@@ -1737,10 +1734,10 @@ class AnnotatedCrop:
         return [torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels.astype(np.uint8))]
 
 
-def annotated_batches(images, keys, crop, run):
+def annotated_batches(images, order, crop, run):
     """Yields (standardised images [n, 3, S, S], classes [n, S, S], −1 where a pixel counts nowhere)."""
     workers = run.workers if images.pixels is None else 0
-    for (x, labels), _ in decode(images, keys, crop, run.device, workers, {}):
+    for (x, labels), _ in decode(images, order, crop, run.device, workers, {}):
         yield augment(x), labels.long() - 1
 
 
@@ -1775,10 +1772,9 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
         {"miou": in percent, of one confusion matrix of all validation pixels, "lr", "miou_by_lr", "blocks"}, and a function
         of standardised images [n, 3, S, S] that gives the best classifier's classes [n, S, S].
     """
-    size, classes, n = encoder.config["image_size"], len(train.classes), batch // world()
+    size, classes = encoder.config["image_size"], len(train.classes)
     blocks = [b for b in range(encoder.depth, encoder.depth - 13, -4) if b > 0]
-    per_epoch = len(train) // batch
-    steps = epochs * per_epoch
+    steps = epochs * (len(train) // batch)
     torch.manual_seed(seed)
     probes = Probes(len(lrs), encoder.dim * len(blocks), classes).to(run.device)
     peaks = torch.tensor(lrs, device=run.device) * batch / 256
@@ -1789,13 +1785,7 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
             tokens = torch.cat(encoder(x, blocks=blocks), -1)[:, 1:]  # [n, L, blocks · D]
         return pixel_logits(probes(promote(tokens).flatten(0, 1)), encoder.grid, size)
 
-    def keys():
-        for epoch in range(epochs):
-            order = uniform((seed, epoch, "order"), torch.arange(len(train)), 1)[:, 0].argsort(stable=True)
-            for first in range(0, per_epoch * batch, batch):
-                yield [(epoch, i) for i in order[first + rank() * n :][:n].tolist()]
-
-    stream = annotated_batches(train, keys(), AnnotatedCrop(size, seed), run)
+    stream = annotated_batches(train, shuffled(len(train), batch, 0, steps, seed), AnnotatedCrop(size, seed), run)
     for step, (x, labels) in enumerate(progress(stream, steps, "steps")):
         counted = gather((labels >= 0).sum()[None]).sum().clamp(min=1)  # pixels of the global batch
         losses = [F.cross_entropy(one.movedim(-1, 1), labels, ignore_index=-1, reduction="sum") for one in logits(x)]
@@ -1807,7 +1797,7 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
 
     probes.eval()
     confusion = torch.zeros(len(lrs), classes * classes, dtype=torch.long, device=run.device)
-    mine = [[(0, i) for i in part.tolist()] for part in torch.arange(rank(), len(val), world()).split(16) if len(part)]
+    mine = [(0, part) for part in torch.arange(rank(), len(val), world()).split(16) if len(part)]
     stream = annotated_batches(val, mine, AnnotatedCrop(size), run)
     with torch.no_grad():
         for x, labels in progress(stream, len(mine), "batches segmented"):
@@ -1835,7 +1825,7 @@ def run_segment(args, encoder, run):
     epochs = args.epochs or (4 if args.data == "shapes" else 50)
     check_batch(RunSettings(data=args.data), train, batch, epochs)
     result, predict = segment(encoder, train, val, run, epochs, batch)
-    first = [[(0, i) for i in range(min(8, len(val)))]]
+    first = [(0, torch.arange(min(8, len(val))))]
     ((x, labels),) = annotated_batches(val, first, AnnotatedCrop(encoder.config["image_size"]), run)
     with torch.no_grad():
         maps = {"labels": labels, "predictions": predict(x)}
@@ -1929,9 +1919,9 @@ def multi_view(classifier, videos, cut, run, batch=32):
     """Accuracy in percent of the average of all views' probabilities (ViC-MAE Section 4, "K x 3")."""
     share = math.ceil(len(videos) / world())
     mine = (rank() * share + torch.arange(share)) % len(videos)
-    keys = [[(0, i) for i in part.tolist()] for part in mine.split(batch)]
-    right = []
-    for views, used in progress(decode(videos, keys, cut, run.device, run.workers, {}), len(keys), "batches of videos"):
+    order, right = [(0, part) for part in mine.split(batch)], []
+    stream = decode(videos, order, cut, run.device, run.workers, {})
+    for views, used in progress(stream, len(order), "batches of videos"):
         with autocast(run):
             probabilities = sum(classifier(standardized(v)).softmax(1) for v in views)  # [n, C]
         right.append(probabilities.argmax(1) == videos.labels.to(run.device)[used])
@@ -1961,14 +1951,9 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
     per_epoch, n = len(train) // s.batch, s.batch // world()
     steps, rows = max(1, round(s.epochs * per_epoch)), torch.arange(n) + rank() * n
 
-    def keys():
-        for epoch in range(math.ceil(steps / per_epoch)):
-            order = uniform((s.seed, epoch, "order"), torch.arange(len(train)), 1)[:, 0].argsort(stable=True)
-            for part in order.split(s.batch)[: min(per_epoch, steps - epoch * per_epoch)]:
-                yield [(epoch, i) for i in part[rows].tolist()]
-
+    order = shuffled(len(train), s.batch, 0, steps, s.seed)
     labels = F.one_hot(train.labels, len(train.classes)).float().to(run.device)
-    stream = decode(train, keys(), Clips(frames, size, seed=s.seed), run.device, run.workers, {})
+    stream = decode(train, order, Clips(frames, size, seed=s.seed), run.device, run.workers, {})
     stream = ((standardized(views[0]), labels[index], rows) for views, index in stream)
     central = lambda: multi_view(classifier, val, Clips(frames, size, 1), run)
     result = tune(classifier, classifier.feature, stream, steps, per_epoch, central, s, run)

@@ -4138,10 +4138,10 @@ def test_cached_batches_visit_every_sample_once_an_epoch_and_are_split_over_rank
     x, y = torch.arange(20).float()[:, None], torch.arange(20)
     whole = [b[1] for b in protocols.cached_batches(x, y, 4, 2)]
     assert len(whole) == 10 and all(sorted(torch.cat(whole[i : i + 5]).tolist()) == list(range(20)) for i in (0, 5))
-    monkeypatch.setattr(protocols, "world", lambda: 2)
+    monkeypatch.setattr(common, "world", lambda: 2)
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr(protocols, "rank", lambda: rank)
+        monkeypatch.setattr(common, "rank", lambda: rank)
         parts.append([b[1] for b in protocols.cached_batches(x, y, 4, 2)])
     assert all(torch.equal(torch.cat([a, b]), w) for a, b, w in zip(*parts, whole, strict=True))
 
@@ -5365,7 +5365,7 @@ def test_annotations_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
         picture.save(broken)
         with pytest.raises(ValueError, match=fault):
             crop(load(), 0, 1)
-        list(protocols.annotated_batches(load(), [[(0, 1)]], crop, protocols.Machine(CPU)))  # another takes its place
+        list(protocols.annotated_batches(load(), [(0, torch.tensor([1]))], crop, protocols.Machine(CPU)))  # another takes its place
         assert re.search(f"skipped .*ADE_00000001.bmp: .*{fault}", capsys.readouterr().err)
     broken.unlink()
     with pytest.raises(InputError, match="no label map .*ADE_00000001.png; every image needs one"):
