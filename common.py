@@ -1808,6 +1808,12 @@ def precision_of(name, device):
     return getattr(torch, name)
 
 
+def workers_of(wanted):
+    """Decoding processes of this rank: as many as wanted, or for −1 one for each core it has, at most 12."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return wanted if wanted >= 0 else min(max(cores, 1), 12)
+
+
 def check_batch(settings, images, batch, epochs):
     """Raises InputError if the global batch does not fit the set, the processes or the micro-batches, or if the epochs
     are less than a step."""
@@ -1846,8 +1852,7 @@ class Run:
     def __init__(self, settings, device):
         self.settings, self.device = settings, device
         self.precision = precision_of(settings.precision, device)
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.workers = settings.workers if settings.workers >= 0 else min(max(cores, 1), 12)
+        self.workers = workers_of(settings.workers)
         self.checkpoint, self.finished, self.skipped = None, [], {}
         self.stage = self.epoch = None
         self.stop = self.signalled = False

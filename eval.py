@@ -45,7 +45,7 @@ from common import (
     draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
     random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes,
-    uniform, unstandardise, warmup_cosine, world, write_atomic,
+    uniform, unstandardise, warmup_cosine, workers_of, world, write_atomic,
 )  # fmt: skip
 
 
@@ -2014,7 +2014,7 @@ def main(argv):
     every.add_argument("--image_size", type=int, help="default: the encoder's")
     every.add_argument("--pool", choices=["cls", "mean"], help="default: the encoder's")
     every.add_argument("--precision", default="auto")
-    every.add_argument("--workers", type=int, default=4)
+    every.add_argument("--workers", type=int, default=-1, help="default: one for each core, at most 12")
 
     def command(run, protocol):
         name = run.__name__.removeprefix("run_")
@@ -2097,7 +2097,7 @@ def main(argv):
     encoder = load_encoder(args.encoder, args.image_size)
     encoder.pool = args.pool or encoder.pool
     encoder.to(device).requires_grad_(False)
-    result = args.run(args, encoder, Machine(device, precision_of(args.precision, device), args.workers))
+    result = args.run(args, encoder, Machine(device, precision_of(args.precision, device), workers_of(args.workers)))
     table(result)
     if rank() == 0:
         setting = {k: str(v) for k, v in vars(args).items() if k != "run"}
