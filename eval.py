@@ -1025,7 +1025,8 @@ def kmeans_plus_plus(x, k, runs, precision, seed):
 
     def distances(i):  # squared ones from points i [runs, t] to all: [runs, t, N]
         i = i.flatten()
-        return (squares - 2 * (low[i] @ low.T).to(x.dtype) + squares[i][:, None]).clamp_(min=0).view(runs, -1, len(x))
+        products = (low[i] @ low.T).to(x.dtype)
+        return products.mul_(-2).add_(squares).add_(squares[i][:, None]).clamp_(min=0).view(runs, -1, len(x))
 
     chosen = (uniform((seed, "k-means++"), every, 1) * len(x)).long()
     nearest = distances(chosen)[:, 0]  # [runs, N]
@@ -1033,7 +1034,8 @@ def kmeans_plus_plus(x, k, runs, precision, seed):
         total = nearest.cumsum(1)
         dice = uniform((seed, "k-means++", step), every, trials) * total[:, -1:]
         candidates = torch.searchsorted(total, dice.to(total)).clamp_(max=len(x) - 1)  # with the odds of their distances
-        to_nearest = torch.minimum(distances(candidates), nearest[:, None])  # [runs, trials, N]
+        to_nearest = distances(candidates)  # [runs, trials, N]
+        torch.minimum(to_nearest, nearest[:, None], out=to_nearest)
         best = to_nearest.sum(-1).argmin(1)
         nearest = to_nearest[every, best]
         chosen = torch.cat([chosen, candidates[every, best][:, None]], 1)
@@ -1064,7 +1066,8 @@ def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=tor
         centres, points = x[start], low
         for _ in range(iterations):
             half = centres.square().sum(1) / 2
-            assigned = (half - points @ centres.to(points.dtype).T).min(1).indices  # the least |c|² / 2 − x·c
+            least = (half - points @ centres.to(points.dtype).T).min(1)  # |c|² / 2 − x·c
+            assigned = least.indices
             count = torch.bincount(assigned, minlength=k)
             means = F.embedding_bag(assigned.argsort(), x, count.cumsum(0) - count, mode="mean")
             means = torch.where(count[:, None] > 0, means, centres)
@@ -1073,9 +1076,10 @@ def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=tor
                 if points is x:
                     break
                 points = x
-        nearest = (centres.square().sum(1) / 2 - x @ centres.T).min(1)
-        assignments.append(nearest.indices)
-        losses.append((2 * nearest.values + x.square().sum(1)).double().sum())
+        if moved > 0 or points is not x:  # else these are the nearest
+            least = (centres.square().sum(1) / 2 - x @ centres.T).min(1)
+        assignments.append(least.indices)
+        losses.append((2 * least.values + x.square().sum(1)).double().sum())
     return gather(torch.stack(assignments))[:runs], gather(torch.stack(losses))[:runs].to(x.dtype)
 
 
