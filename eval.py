@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -205,6 +206,15 @@ def features(encoder, images, run, blocks=None, pool=None, index=None):
     return outputs(lambda x: pooled(encoder, x, blocks, pool), images, encoder.config["image_size"], run, index)
 
 
+def fingerprint(encoder):
+    """A number that tells encoders apart by their weights, whatever image size they were loaded for."""
+    number = 0
+    for name, weight in encoder.state_dict().items():
+        if name != "pos_embed":
+            number = zlib.crc32(weight.cpu().contiguous().numpy(), number)
+    return number
+
+
 class Classifier(nn.Module):
     """An encoder and a linear classifier on its feature: standardised images [N, 3, S, S] → logits [N, C].
 
@@ -231,7 +241,7 @@ class Classifier(nn.Module):
         if with_encoder:
             save_encoder(path, self.encoder, classifier=content)
         else:
-            save_file(path, dict(classifier=content))
+            save_file(path, dict(classifier=content | dict(encoder=fingerprint(self.encoder))))
 
 
 def load_classifier(path, encoder):
@@ -244,6 +254,8 @@ def load_classifier(path, encoder):
     if not isinstance(content, dict) or "classifier" not in content:
         raise InputError(f"{path} holds no classifier: `eval.py probe` writes probe.pt, `eval.py finetune` finetuned.pt")
     own, how = "model" in content, content["classifier"]
+    if not own and how.get("encoder") != fingerprint(encoder):
+        raise InputError(f"{path} is the probe of another encoder: run `eval.py probe` with this one, or name its own file")
     encoder = load_encoder(path).to(encoder.cls_token.device) if own else encoder
     norm = None
     if how["eps"] is not None:
@@ -1222,12 +1234,14 @@ def run_retrieve(args, encoder, run):
     Features are L2-normalised for the former, standardised for the latter. A cluster's class is that of most of its
     samples. Chosen: samples drawn at random, the largest clusters.
     """
-    train, val = load_splits(args.data)
+    train, val = load_splits(args.data, labels=bool(args.classes))
     images, size, folder = val or train, encoder.config["image_size"], args.encoder.parent
+    if args.classes:
+        images = of_classes(images, args.classes)
+    labelled, k = bool(images.classes), args.clusters or max(2, len(images.classes))
+    if max(args.neighbours, k) >= len(images):
+        raise InputError(f"{args.neighbours} neighbours, {k} clusters: the data has {len(images)} images, choose fewer")
     x, y = features(encoder, images, run)
-    labelled = bool(images.classes)
-    if args.neighbours >= len(x):
-        raise InputError(f"--neighbours {args.neighbours}: the data has {len(x)} images")
     unit = F.normalize(x, dim=1)
     queries = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()[: args.samples].to(x.device)
     similarity = (unit[queries] @ unit.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
@@ -1239,7 +1253,7 @@ def run_retrieve(args, encoder, run):
 
     std, mean = torch.std_mean(x, 0, unbiased=False)
     x = (x - mean) / std.clamp(min=1e-12)
-    assigned, losses = kmeans(x, args.clusters or max(2, len(images.classes)), 10, precision=run.precision)
+    assigned, losses = kmeans(x, k, 10, precision=run.precision)
     assigned = assigned[losses.argmin()]
     largest = torch.bincount(assigned).argsort(descending=True)[: args.samples]
     centres = torch.stack([x[assigned == c].mean(0) for c in largest])
@@ -1302,30 +1316,35 @@ def reconstruction_per_block(encoder, train, val, run, epochs=20, batch=4096, lr
     steps = round(epochs * (len(train) // batch))
 
     def losses(x, noise):
-        """Of each sample and block: [n, B]."""
+        """Yields the losses [n] of one block's decoder after the other."""
         ids_keep, ids_restore, mask = random_masking(noise, 0.75)
-        with torch.no_grad():
-            tokens = encoder(x, ids_keep, blocks=blocks)
-        return torch.stack([mae_loss(d(t, ids_restore), x, mask) for d, t in zip(decoders, tokens)], 1)
+        with torch.no_grad(), autocast(run):
+            every = encoder(x, ids_keep, blocks=blocks)
+        for decoder, tokens in zip(decoders, every):
+            with autocast(run):
+                loss = mae_loss(decoder(tokens, ids_restore), x, mask)
+            yield loss
 
     views, patches = [View(encoder.config["image_size"], (0.2, 1.0))], math.prod(encoder.grid)
     stream = batches(train, views, batch, 0, steps, seed, run.device, run.workers, {})
     for step, data in enumerate(progress(stream, steps, "steps")):
         noise = uniform((seed, "blocks", step), data.rows, patches, device=run.device)
-        encode = lambda x, noise: ((), losses(x, noise).sum(1))
-        backward(encode, None, (augment(data.views[0]), noise), precision=run.precision)
+        for loss in losses(augment(data.views[0]), noise):
+            loss.mean().backward()  # at once, which frees what this decoder has kept for it
         average_gradients(decoders.parameters())
         set_lr(optimizer, warmup_cosine(step, steps, steps / 4))
         optimizer.step()
         optimizer.zero_grad()
     one_mask = uniform((seed, "blocks"), torch.zeros(1, dtype=torch.long), patches, device=run.device)
-    found, _ = outputs(lambda x: losses(x, one_mask.expand(len(x), -1)), val, encoder.config["image_size"], run)
+    every = lambda x: torch.stack(list(losses(x, one_mask.expand(len(x), -1))), 1)  # [n, B]
+    found, _ = outputs(every, val, encoder.config["image_size"], run)
     return found.mean(0).tolist()
 
 
 def run_blocks(args, encoder, run):
     """Subcommand blocks: k-NN and reconstruction loss of every block, and both as improvements from one block to the next,
-    over the largest one (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements."""
+    over the largest change (MIM-Refiner Figures 3b, 3d, 6); a picture of the improvements. C.2 divides by the "maximum
+    delta", which would turn all signs where every block is worse than the one before."""
     train, val = splits(args)
     how = dict(epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16)
     if args.data == "shapes":
@@ -1415,7 +1434,11 @@ def colorhist(encoder, train, val, run, epochs=10, batch=1024, lr=0.1, seed=0):
     weight = nn.Parameter(torch.empty(len(blocks), encoder.dim, 192, device=run.device).normal_(std=0.01))
     bias = nn.Parameter(torch.zeros(len(blocks), 1, 192, device=run.device))
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
-    tell = lambda x: norm(x.transpose(0, 1)) @ weight + bias  # [n, B, D] → [B, n, 192]
+
+    def tell(x):  # [n, B, D] → [B, n, 192]
+        with torch.autocast(x.device.type, enabled=False):
+            return norm(x.transpose(0, 1)) @ weight + bias
+
     see = lambda x: torch.cat([promote(pooled(encoder, x, blocks, "cls")).flatten(1), histograms(x)], 1)
     steps = epochs * (len(train) // batch)
     for step, (seen, _) in enumerate(augmented_batches(see, train, size, batch, epochs, run, seed)):
@@ -2058,8 +2081,9 @@ def main(argv):
         flag(f"--{field.name}", type=field.type, help="default: the recipe's")
     flag = command(run_retrieve, run_retrieve)
     flag("--samples", type=int, default=8, help="rows of either picture")
-    flag("--neighbours", type=int, default=9)
+    flag("--neighbours", type=int, default=10)
     flag("--clusters", type=int, default=0, help="of k-means; default: the number of classes")
+    flag("--classes", type=Path, help="file that names the classes to search, one a line")
     flag = command(run_embed, embed)
     flag("--classes", type=Path, help="file that names the classes to show, one a line")
     flag = command(run_blocks, reconstruction_per_block)

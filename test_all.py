@@ -399,6 +399,10 @@ def outcomes(folder):
     found["nt_xent"] = dict(loss=loss.detach(), gradients=[v.grad / common.world() for v in z])
     found["kmeans"] = protocols.kmeans(x, 3, runs=5)[0]
     images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
+    analysed = encoder, images, images, protocols.Machine(CPU)
+    found["reconstruction"] = protocols.reconstruction_per_block(*analysed, epochs=2, batch=8, lr=0.03, dim=16, heads=2)
+    found["colorhist"] = protocols.colorhist(*analysed, epochs=2, batch=8, lr=1.0)
+    found["invariance"] = protocols.invariance(tiny_classifier(encoder, "abcd"), images, protocols.Machine(CPU))
     found["transfer"] = protocols.transfer(vit(depth=4).float(), images, images, protocols.Machine(CPU))
     s = protocols.FineTuning(epochs=2, batch=8, lr=1e-2, drop_path=0.3, erasing=0.5)  # and all other regularisers
     found["finetune"], classifier = protocols.finetune(encoder, images, images, protocols.Machine(CPU), s)
@@ -4754,6 +4758,13 @@ def test_embed_draws_points_in_the_colours_of_their_classes(labelled_encoder, tm
 # ------------------------------------------------------------------------------------------------- what features hold
 
 
+@pytest.mark.parametrize("name", ["reconstruction", "colorhist", "invariance"])
+def test_analyses_with_two_ranks_are_those_of_one(two, name):
+    alone, ranks = two
+    for found in ranks:
+        assert found[name] == pytest.approx(alone[name], rel=1e-4)
+
+
 def test_effective_invariance_is_the_formula():
     p, p_t = (normal(50, 3, seed=i).softmax(-1) for i in (0, 1))
     expected = []
@@ -4805,8 +4816,10 @@ def test_classifiers_come_back_from_their_files(tmp_path):
             again = protocols.load_classifier(tmp_path / file, given)
             assert error(again(x), classifier(x)) < 1e-6 and again.classes == list("abcd")
     assert common.load_encoder(tmp_path / "finetuned.pt").depth == 3  # an encoder file as well
-    with pytest.raises(InputError, match="probe.pt does not fit this model: head.weight is .4, 32., expected .4, 64."):
-        protocols.load_classifier(tmp_path / "probe.pt", vit(dim=64).float())
+    for other in (vit(dim=64), randomized(vit())):
+        with pytest.raises(InputError, match="probe.pt is the probe of another encoder: run `eval.py probe` with this one"):
+            protocols.load_classifier(tmp_path / "probe.pt", other.float())
+    protocols.load_classifier(tmp_path / "probe.pt", common.load_encoder(tmp_path / "finetuned.pt", 64))  # larger images
     common.save_encoder(tmp_path / "encoder.pt", encoder)
     with pytest.raises(InputError, match="encoder.pt holds no classifier"):
         protocols.load_classifier(tmp_path / "encoder.pt", encoder)
@@ -5729,6 +5742,21 @@ BAD_EVAL = [
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--batch", "0"], "batch 0"),
     (["probe", "--encoder", "wide.pt", "--data", "labelled", "--recipe", "adam"], "invalid choice: 'adam'"),
     (["segment", "--encoder", "wide.pt", "--data", "labelled"], "there is no labelled/images/training"),
+    *(([*flags.split(), "--encoder", "wide.pt", "--workers", "0"], fault) for flags, fault in [
+        ("retrieve --data labelled --neighbours 12", "12 neighbours, 2 clusters: the data has 12 images, choose fewer"),
+        ("retrieve --data labelled --clusters 13 --neighbours 2", "2 neighbours, 13 clusters: the data has 12 images"),
+        ("retrieve --data flat --classes a_file", "--data flat: labels are needed"),
+        ("retrieve --data labelled --classes a_file", "a_file: 'hello' is no class"),
+        ("embed --data flat", "--data flat: labels are needed"),
+        ("embed --data labelled --classes no_such.txt", "no_such.txt: no such list of classes"),
+        ("blocks --data flat", "--data flat: labels are needed"),
+        ("blocks --data labelled --epochs 0", "--epochs 0"),
+        ("invariance --data labelled", "probe.pt: no such file"),
+        ("invariance --data labelled --classifier wide.pt", "wide.pt holds no classifier"),
+        ("colorhist --data no_val", "--data no_val: there is no val/"),
+        ("stats --data no/such", "--data no/such: no such folder"),
+        ("segment --data no/such", "there is no no/such/images/training"),
+    ]),
     (["sing", "--encoder", "wide.pt"], "'sing'"),
 ]
 
@@ -5768,7 +5796,7 @@ def bad_files(folders, monkeypatch):
         Path("a_file").write_text("hello")
         common.save_encoder("wide.pt", nano(depth=6, dim=192, heads=6))
         common.save_encoder("post.pt", nano(depth=6, post_norm=True))
-        protocols.Classifier(nano(depth=6, dim=192, heads=6), ["a", "b"]).save("of_ab.pt", with_encoder=False)
+        protocols.Classifier(common.load_encoder("wide.pt"), ["a", "b"]).save("of_ab.pt", with_encoder=False)
         Path("list.json").write_text("[]")
         write_pictures(Path("loose/train"), [(24, 24)])
         write_pictures(Path("no_val/train/a"), [(24, 24)])
