@@ -223,10 +223,12 @@ def resize_positions(table, old, new):
 
 def attend(q, k, v):
     """softmax(q kᵀ / √d) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused kernel
-    is the slower one (in bfloat16 three times, in the backward pass)."""
+    is the slower one, for as many samples at a time as have 4 MiB of scores (larger tensors cost page faults)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    few = max(1, 2**22 // (q.element_size() * q.shape[1] * q.shape[2] ** 2))
+    parts = zip(q.split(few), k.split(few), v.split(few))
+    return torch.cat([(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v for q, k, v in parts])
 
 
 class Attention(nn.Module):

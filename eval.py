@@ -97,7 +97,7 @@ def listed(images, path):
         raise InputError(f"{path}: a list of files needs a folder of files as --data")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such list of files")
-    lines, found = Path(path).read_text().split(), {}
+    lines, found = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()], {}
     files = [os.fsdecode(f).split("/") for f in images.files]
     depths = {line.count("/") + 1 for line in lines}
     for i, parts in enumerate(files):
@@ -327,8 +327,8 @@ def knn_per_block(encoder, train, val, run, blocks=None, bank=100_000, **how):
     images drawn at random, since N · blocks · D values are kept at once. Returns a list of accuracies in percent.
     """
     blocks = blocks or list(range(1, encoder.depth + 1))
-    drawn = uniform(("bank",), torch.arange(len(train)), 1)[:, 0].argsort()[:bank]
-    x, y = features(encoder, train, run, blocks, index=drawn)
+    index = uniform(("bank",), torch.arange(len(train)), 1)[:, 0].argsort()[:bank]
+    x, y = features(encoder, train, run, blocks, index=index)
     test_x, test_y = features(encoder, val, run, blocks)
     how = dict(ks=(min(10, len(x)),), standardize=True) | how
     return [knn(x[:, b], y, test_x[:, b], test_y, **how)["knn"] for b in range(len(blocks))]
@@ -1292,7 +1292,6 @@ def run_embed(args, encoder, run):
     if rank() == 0:
         draw_points(args.encoder.parent / "embed.png", points.cpu(), y.cpu(), images.classes)
     return dict(embedding=how, silhouette=silhouette(x, y))
-
 
 
 # ------------------------------------------------------------------------------------------------- what features hold

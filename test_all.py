@@ -742,8 +742,9 @@ def test_post_norm_encoder_is_data2vecs():
     assert error(encoder(x), tokens) < 1e-10  # no norm at the end
 
 
-def test_attention_is_torchs():
-    q, k, v = normal(3, 2, 4, 7, 8)
+@pytest.mark.parametrize("length", [7, 200])  # 200: three samples at a time
+def test_attention_is_torchs(length):
+    q, k, v = normal(3, 5, 4, length, 8)
     assert error(common.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)) < 1e-12
 
 
