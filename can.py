@@ -10,7 +10,7 @@ The paper's baselines are the same step with other settings: SimCLR has the firs
     python can.py                                                  # CAN, SimCLR and MAE on built-in data, in minutes
     torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16
     torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16 --methods simclr
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 \\
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 \
         can.py --data /path/to/uncurated --model vit_l16 --epoch_images 1281167
 
 Easy to get wrong:

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -1709,7 +1710,7 @@ class RunSettings:
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
     workers: int = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
     save_every: int = 0  # steps between checkpoints; 0: one an epoch
-    short: bool = False  # the built-in run in about a minute
+    short: bool = False  # the built-in run in a minute or two
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
     zero: bool = False  # spread AdamW's moments over the processes
     compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs, tested on CPUs
@@ -1723,29 +1724,47 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
+def comments(*classes):
+    """{field: the comment behind it} of dataclasses, as help texts of the flags."""
+    source = "".join(map(inspect.getsource, classes)).replace("%", "%%")
+    return dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))
+
+
 def parse_settings(cls, presets, argv, description):
     """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
 
-    Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME. `presets` gets the given flags as a
-    dict and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
+    Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME; --help shows the values that the
+    rest of the command line leads to, explained by the comments of the fields. `presets` gets the given flags as a dict
+    and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
     the base, and flags that say otherwise are refused.
 
     Raises:
         InputError: an unknown flag or value, or a config.json that is not of this program.
     """
-    parser = Parser(description=description.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    title = " ".join(description.split("\n\n")[0].split())
+    parser = Parser(description=title, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="[the settings of this command line] and what they are")
+    actions, meaning = [], comments(RunSettings, cls)
     for field in dataclasses.fields(cls):
-        flag = dict(dest=field.name, help=f"default {field.default!r}")
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", **flag)
-            parser.add_argument(f"--no_{field.name}", f"--no-{field.name}", action="store_false", **flag)
+            actions.append(parser.add_argument(f"--{field.name}", dest=field.name, action="store_true"))
+            parser.add_argument(f"--no_{field.name}", f"--no-{field.name}", dest=field.name, action="store_false")
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, metavar="X", **flag)
+            actions.append(parser.add_argument(f"--{field.name}", type=field.type, metavar="X"))
     given = vars(parser.parse_args(argv))
+    if given.pop("help", False):
+        values = vars(cls(**{**presets(given), **given}))
+        for action in actions:
+            action.help = f"[{values[action.dest]}] {meaning.get(action.dest, '')}".replace("[]", "")
+        parser.print_help()
+        raise SystemExit(0)
     if given.get("cost"):
         given.setdefault("data", "random")
     if not given.get("resume"):
-        return check_numbers(cls(**{**presets(given), **given}))
+        settings = check_numbers(cls(**{**presets(given), **given}))
+        if settings.short and settings.data not in ("shapes", "moving_shapes"):
+            raise InputError(f"--short is a length of the built-in runs, not of --data {settings.data}: give --epochs")
+        return settings
     config = Path(given.get("out", "")) / "config.json"
     if not given.get("out") or not config.is_file():
         raise InputError("--resume needs --out DIR with a folder that holds a run")
@@ -1766,7 +1785,7 @@ def parse_settings(cls, presets, argv, description):
 
 # What a number may be, by the name of its setting: the first line that fits.
 LIMITS = (
-    ("workers|gap", lambda v: v >= -1, "from -1"),
+    ("workers|gap|blocks", lambda v: v >= -1, "from -1"),
     ("seed", lambda v: 0 <= v < 2**63, "from 0, below 2^63"),
     ("batch", lambda v: v >= 2, "from 2"),  # alone, a sample has nothing to be told from
     ("(projector_)?ema|warmup|lam|lambda_infonce|strength", lambda v: 0 <= v <= 1, "from 0 to 1"),
@@ -1819,6 +1838,8 @@ def workers_of(wanted):
 def check_batch(settings, images, batch, epochs):
     """Raises InputError if the global batch does not fit the set, the processes or the micro-batches, or if the epochs
     are less than a step."""
+    if batch < 1:
+        raise InputError(f"{len(images)} images are too few for {world()} processes")
     if batch > len(images):
         raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
     if round(epochs * (len(images) // batch)) < 1:
@@ -2309,7 +2330,7 @@ def save_encoder(path, encoder, **more):
     "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
     last block belongs to the feature) and stem.
     """
-    config = encoder.config | dict(final_norm=not encoder.config["post_norm"])
+    config = encoder.config | dict(pool=encoder.pool, final_norm=not encoder.config["post_norm"])
     save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
 
 

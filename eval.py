@@ -3,7 +3,7 @@
     python eval.py knn --encoder runs/001/encoder.pt --data /path/to/imagenet
     python eval.py probe --encoder runs/001/encoder.pt --data /path/to/imagenet --recipe dinov2     (writes probe.pt)
     python eval.py robust --encoder runs/001/encoder.pt --sets /path/to/imagenet-r                  (reads probe.pt)
-    torchrun --nproc_per_node 8 eval.py finetune --encoder mae_vit_large.pth --data /path/to/imagenet
+    torchrun --nproc_per_node 8 eval.py finetune --encoder mae_pretrain_vit_large.pth --data /path/to/imagenet
 
     classification   knn · probe · lowshot · finetune · transfer · robust · video
     structure        cluster · retrieve · embed · segment
@@ -42,8 +42,8 @@ from torchvision.transforms.v2 import functional as v2
 from common import (
     BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RandomCrops, RunSettings,
     SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
-    average_gradients, backward, batches, blend, channels, check_batch, check_numbers, crop_boxes, decode, draw,
-    draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
+    average_gradients, backward, batches, blend, channels, check_batch, check_numbers, comments, crop_boxes, decode,
+    draw, draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
     random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes,
     uniform, unstandardise, warmup_cosine, workers_of, world, write_atomic,
@@ -103,6 +103,8 @@ def listed(images, path):
     for i, parts in enumerate(files):
         for depth in depths:
             found.setdefault("/".join(parts[-depth:]), []).append(i)
+    if not lines:
+        raise InputError(f"{path}: the list names no image")
     for line in lines:
         if len(found.get(line, [])) != 1:
             raise InputError(f"{path}: {line} names {len(found.get(line, []))} images of the training set, expected one")
@@ -131,12 +133,19 @@ def of_classes(images, path):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such list of classes")
     names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    unknown = [name for name in names if name not in images.classes]
+    number = {str(c): i for i, c in enumerate(images.classes)}
+    unknown = [name for name in names if name not in number]
     if unknown or len(set(names)) < 2:
         what = f"{unknown[0]!r} is no class" if unknown else "fewer than two classes"
         raise InputError(f"{path}: {what}; the data has {', '.join(map(str, images.classes[:5]))}, …")
-    numbers = torch.tensor([images.classes.index(name) for name in names])
+    numbers = torch.tensor([number[name] for name in names])
     return images.subset(torch.isin(images.labels, numbers).nonzero()[:, 0], names)
+
+
+def divided(batch, images, pairs=False):
+    """A batch that nobody chose: at most the set, and so that all processes have as much, or as many pairs."""
+    share = (1 + pairs) * world()
+    return min(batch, len(images)) // share * share
 
 
 def center_views(images, size, device, workers, index, batch=256):
@@ -244,8 +253,9 @@ class Classifier(nn.Module):
             save_file(path, dict(classifier=content | dict(encoder=fingerprint(self.encoder))))
 
 
-def load_classifier(path, encoder):
-    """A Classifier from finetuned.pt, which has an encoder of its own, or from probe.pt and its `encoder`.
+def load_classifier(path, encoder, image_size=None):
+    """A Classifier from finetuned.pt, which has an encoder of its own (for `image_size`, if one is wanted), or from
+    probe.pt and its `encoder`.
 
     Raises:
         InputError: the file holds no classifier, or one of another encoder.
@@ -256,7 +266,7 @@ def load_classifier(path, encoder):
     own, how = "model" in content, content["classifier"]
     if not own and how.get("encoder") != fingerprint(encoder):
         raise InputError(f"{path} is the probe of another encoder: run `eval.py probe` with this one, or name its own file")
-    encoder = load_encoder(path).to(encoder.cls_token.device) if own else encoder
+    encoder = load_encoder(path, image_size).to(encoder.cls_token.device) if own else encoder
     norm = None
     if how["eps"] is not None:
         norm = BatchNorm(*how["state"]["norm.running_mean"].shape, affine=False, eps=how["eps"])
@@ -374,9 +384,9 @@ PROBE_RECIPES = {
     "dinov2": ProbeRecipe(50, 1024, 5, DINOV2_LRS, grid=((1, None), (1, "both"), (4, None), (4, "both"))),
     # MIM-Refiner C.8, what is left of it for many classes (iNat18), in the authors' code
     "dinov2_reduced": ProbeRecipe(50, 1024, 5, DINOV2_LRS[3:7], grid=((4, None), (4, "both"))),
-    # CAN, Table 11, after MAE (which has 90 epochs); no flip is listed
+    # CAN, Table 11, after MAE (which has 90 epochs); no flip is listed. Of the patches' mean (C): --pool mean
     "lars": ProbeRecipe(epochs=100, batch=16384, warmup_epochs=10, lrs=(0.1,), flip=False, lars=True),
-    # ViC-MAE, Table 9; no flip is listed
+    # ViC-MAE, Table 9 (its Section 5: 100 epochs); no flip is listed
     "vicmae": ProbeRecipe(epochs=90, batch=4096, warmup_epochs=10, lrs=(0.1,), flip=False),
 }
 
@@ -515,7 +525,7 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
 
     Args:
         encoder: a frozen ViT; train, val: labelled Images; recipe: of PROBE_RECIPES; epochs, batch: others than its own
-        (a batch is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
+        (which is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
         side, "cls", "mean" or "both" (MAE-CT Table 15); recipes with a grid try its features instead. other: of `probe`.
     Returns:
         (result of `probe` and the recipe, the best probe as a Classifier).
@@ -524,7 +534,7 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     """
     how = PROBE_RECIPES[recipe]
     epochs = how.epochs if epochs is None else epochs
-    batch = min(how.batch if batch is None else batch, len(train))
+    batch = divided(how.batch, train) if batch is None else batch
     check_batch(RunSettings(), train, batch, epochs)
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: choose at least 1")
@@ -668,9 +678,10 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
 def run_lowshot(args, encoder, run):
     """Subcommand lowshot: one result for each number of shots, or one for all the lists."""
     train, val = splits(args)
-    draws = {shots: [drawn(train.labels, shots, seed=seed) for seed in range(args.splits)] for shots in args.shots}
     if args.lists:
         draws = {"lists": [listed(train, path) for path in args.lists]}
+    else:
+        draws = {shots: [drawn(train.labels, shots, seed=seed) for seed in range(args.splits)] for shots in args.shots}
     needed = torch.cat([split for of in draws.values() for split in of]).unique()
     blocks = [encoder.depth] if args.raw else None
     (x, y), (test_x, test_y) = features(encoder, train, run, blocks, index=needed), features(encoder, val, run, blocks)
@@ -688,7 +699,7 @@ class FineTuning:
     """Settings of fine-tuning. The defaults are MAE's for a ViT-B (He et al. 2022, Table 9), which MAE-CT A.3,
     MIM-Refiner C.9 and CMAE 4.2 refer to; `recipe` changes what other tables and sizes change."""
 
-    blocks: int = -1  # last blocks that are tuned; -1: all, with stem and [CLS]; 0: the classifier alone (CMAE 4.5)
+    blocks: int = -1  # last blocks that are tuned; all of them, or -1: stem and [CLS] too; 0: the classifier alone
     epochs: float = 100
     warmup: float = 0.05  # share of the steps: 5 epochs
     batch: int = 1024  # of all processes
@@ -715,22 +726,22 @@ RECIPES = ["mae", "lowshot", "crop_flip", "inat18", "can", "cmae", "partial", "v
 def recipe(name, dim):
     """What a recipe changes of FineTuning's defaults for an encoder of width `dim`, as a dict.
 
-        mae            as MAE-CT A.3 and MIM-Refiner C.9 use it: drop path 0.1 / 0.2 / 0.3 for B / L / H
+        mae            MAE-CT A.3: drop path 0.1 / 0.2 / 0.3 for B / L / H; MIM-Refiner C.9 and He et al.: 0.1 / 0.1 / 0.2
         lowshot        10 % of ImageNet's labels: MAE-CT Table 12
         crop_flip      1 % and 10 % of the labels for MAE-CT: A.3 (--lr 1e-2 for MAE's ViT-H)
-        inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12
+        inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12; without its resizing to 256 before the crop
         can            CAN Table 10
         cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's; --lr 5e-4 after 300 epochs of pre-training
-        partial        CMAE 4.5, "the settings of" He et al. 4.3, of which we keep crops and flips; with --blocks
+        partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50, 100, 200 epochs for each --blocks
         vicmae         ViC-MAE Table 8; Table 1
         vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
         shapes         the built-in images in a minute or two: chosen on MAE's encoder
 
-    Optimiser and schedule are MAE's; what a table of low-shot or partial fine-tuning does not list is off. MAE-CT's Table
-    14: --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
+    Optimiser and schedule are MAE's; what a table of low-shot fine-tuning does not list is off. MAE-CT's Table 14:
+    --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
     """
     large = dict(epochs=50, warmup=0.1) if dim >= 1024 else {}  # ViT-L and larger: 5 of 50 epochs
-    drop_path = 0.1 if dim < 1024 else 0.2 if dim < 1280 else 0.3
+    drop_path, he = (0.1, 0.1) if dim < 1024 else (0.2, 0.1) if dim < 1280 else (0.3, 0.2)  # MAE-CT's, He et al.'s
     size_decay = 0.75 if large else 0.65
     lowshot = CROP_FLIP | large | dict(batch=512, layer_decay=size_decay)
     return {
@@ -739,8 +750,8 @@ def recipe(name, dim):
         "crop_flip": lowshot | dict(lr=1e-3, drop_path=drop_path),
         "inat18": CROP_FLIP | dict(epochs=50, warmup=0.1, batch=256, drop_path=0.0),
         "can": dict(lr=5e-4, weight_decay=0.005, layer_decay=0.65, mixup=0.0, cutmix=0.0),
-        "cmae": dict(lr=2.5e-4, drop_path=drop_path),
-        "partial": CROP_FLIP | dict(blocks=1, lr=5e-4, warmup=0.1, layer_decay=1.0, drop_path=0.0, label_smoothing=0.0),
+        "cmae": dict(lr=2.5e-4, drop_path=he),
+        "partial": large | dict(blocks=1, drop_path=he),
         "vicmae": dict(cutmix=0.0, erasing=0.0),
         "vicmae_subset": CROP_FLIP,
         "shapes": CROP_FLIP | dict(epochs=4, warmup=0.1, batch=128, lr=8e-3),
@@ -996,12 +1007,12 @@ def finetune(encoder, train, val, run, s):
 
 
 def given_settings(args, train, base):
-    """FineTuning from a recipe's dict and the flags that were given; a batch larger than the set becomes the set's size."""
+    """FineTuning from a recipe's dict and the flags that were given; a recipe's batch larger than the set becomes the set's."""
     names = [f.name for f in dataclasses.fields(FineTuning)]
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     s = FineTuning(**base | given)
     if "batch" not in given:
-        s.batch = min(s.batch, len(train) // (2 * world()) * 2 * world())
+        s.batch = divided(s.batch, train, pairs=True)
     check_batch(RunSettings(data=args.data, micro_batch=s.micro_batch), train, s.batch, s.epochs)
     vars(args).update(dataclasses.asdict(s))  # for the JSON
     return s
@@ -1228,8 +1239,8 @@ def draw_neighbours(path, images, size, index, caption, labels=None):
 
 
 def run_retrieve(args, encoder, run):
-    """Subcommand retrieve: the nearest neighbours of some samples (MAE-CT Figure 11), and of the centres of k-means
-    clusters (Figures 5, 10), as pictures; the share of neighbours of the same class where there are labels.
+    """The nearest neighbours of some samples (MAE-CT Figure 11), and of the centres of k-means clusters (Figures 5, 10),
+    as pictures; the share of neighbours of the same class where there are labels.
 
     Features are L2-normalised for the former, standardised for the latter. A cluster's class is that of most of its
     samples. Chosen: samples drawn at random, the largest clusters.
@@ -1253,7 +1264,7 @@ def run_retrieve(args, encoder, run):
 
     std, mean = torch.std_mean(x, 0, unbiased=False)
     x = (x - mean) / std.clamp(min=1e-12)
-    assigned, losses = kmeans(x, k, 10, precision=run.precision)
+    assigned, losses = kmeans(x, k, precision=run.precision)
     assigned = assigned[losses.argmin()]
     largest = torch.bincount(assigned).argsort(descending=True)[: args.samples]
     centres = torch.stack([x[assigned == c].mean(0) for c in largest])
@@ -1266,8 +1277,11 @@ def run_retrieve(args, encoder, run):
 
 
 def embed(x):
-    """Features [N, D] → two dimensions: UMAP with its default parameters (MIM-Refiner C.12) if it is installed, else the
-    first two principal components, each with its largest weight positive. Returns ([N, 2], what was used)."""
+    """Features in two dimensions: UMAP with its default parameters (MIM-Refiner C.12) if it is installed, else the first
+    two principal components, each with its largest weight positive.
+
+    x [N, D]; returns ([N, 2], what was used).
+    """
     try:
         from umap import UMAP
 
@@ -1349,8 +1363,10 @@ def run_blocks(args, encoder, run):
     if args.data == "shapes":
         how = dict(epochs=8, batch=256, lr=2e-3, dim=64, heads=4)
     how |= {name: vars(args)[name] for name in how if vars(args)[name] is not None}
-    how["batch"] = min(how["batch"], len(train))
+    if args.batch is None:
+        how["batch"] = divided(how["batch"], train)
     check_batch(RunSettings(data=args.data), train, how["batch"], how["epochs"])
+    vars(args).update(how)  # for the JSON
     result = dict(knn=knn_per_block(encoder, train, val, run))
     result["reconstruction"] = reconstruction_per_block(encoder, train, val, run, **how)
     curves = {}
@@ -1405,7 +1421,7 @@ def invariance(classifier, images, run):
 
 def run_invariance(args, encoder, run):
     """Subcommand invariance, on the validation set."""
-    classifier = load_classifier(args.classifier or args.encoder.parent / "probe.pt", encoder)
+    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder, args.image_size)
     train, val = load_splits(args.data)
     return invariance(classifier, val or train, run)
 
@@ -1462,9 +1478,10 @@ def run_colorhist(args, encoder, run):
     train, val = load_splits(args.data)
     if val is None:
         raise InputError(f"--data {args.data}: there is no val/ or test/ with class folders to evaluate on")
-    batch = min(args.batch or (64 if args.data == "shapes" else 1024), len(train))
-    check_batch(RunSettings(data=args.data), train, batch, args.epochs)
-    errors = colorhist(encoder, train, val, run, args.epochs, batch, args.lr)
+    if args.batch is None:
+        args.batch = divided(64 if args.data == "shapes" else 1024, train)
+    check_batch(RunSettings(data=args.data), train, args.batch, args.epochs)
+    errors = colorhist(encoder, train, val, run, args.epochs, args.batch, args.lr)
     if rank() == 0:
         curve = {"histogram prediction error": (list(range(1, encoder.depth + 1)), errors)}
         draw_curves(args.encoder.parent / "colorhist.png", curve, "block", "% of a uniform guess")
@@ -1472,8 +1489,8 @@ def run_colorhist(args, encoder, run):
 
 
 def run_stats(args, encoder, run):
-    """Subcommand stats: the averages over features of the mean and of the variance of [CLS], after the last block and after
-    the final norm (MIM-Refiner Table 14 does not say which)."""
+    """Averages over features of the mean and of the variance of [CLS], after the last block and after the final norm
+    (MIM-Refiner Table 14 does not say which)."""
     train, val = load_splits(args.data)
 
     def both(x):
@@ -1591,7 +1608,7 @@ def class_folders(path):
 
 def run_robust(args, encoder, run):
     """Subcommand robust, on each folder of --sets (or --data) and, with --real, on the validation images of --data."""
-    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder)
+    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder, args.image_size)
     mapping, result = args.mapping and read_json(args.mapping, "expected {folder: class or list of classes}"), {}
     for name in args.sets or [args.data]:
         images = class_folders(name)
@@ -1646,7 +1663,7 @@ def transfer(encoder, train, val, run):
     class for Aircraft, Pets, Caltech101 and Flowers, and VOC2007's mAP.
     """
     several = dict(loss=several_labels, score=mean_average_precision) if train.labels.ndim == 2 else {}
-    result, classifier = linear_probe(encoder, train, val, run, "dinov2", batch=256, cached=True, **several)
+    result, classifier = linear_probe(encoder, train, val, run, "dinov2", batch=divided(256, train), cached=True, **several)
     if several:
         return {"mAP": result["probe"]}
     logits, y = outputs(classifier, val, encoder.config["image_size"], run)
@@ -1787,9 +1804,9 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
 
     The tokens of a patch after the last, 5th last, 9th last and 13th last block, as far as there are, side by side; a
     non-affine BatchNorm, a linear layer, its logits upsampled to pixels, cross-entropy. All crops have the encoder's
-    size (224). C.8 and C.3: SGD with momentum 0.9, no weight decay, 50 epochs, random resized crops and flips, a sweep of
+    size (224). C.8 and C.3: SGD with momentum 0.9, 50 epochs, random resized crops and flips, a sweep of
     learning rates (base · batch / 256) of which the best on the validation set is reported. Left open there and taken
-    from the authors' code: tokens before the final norm, batch 16, a tenth of the steps warm-up, then cosine. Chosen:
+    from the authors' code: no weight decay, tokens before the final norm, batch 16, a tenth of the steps warm-up, then cosine. Chosen:
     bilinear upsampling (theirs: nearest), classes that are nowhere left out of the mean.
 
     Args:
@@ -1847,10 +1864,10 @@ def map_colours(maps):
 def run_segment(args, encoder, run):
     """Subcommand segment; draws the first validation images, their labels and what is predicted, in VOC's colours."""
     train, val = (load_annotated(args.data, split) for split in ("train", "val"))
-    batch = min(args.batch, len(train))
-    epochs = args.epochs or (4 if args.data == "shapes" else 50)
-    check_batch(RunSettings(data=args.data), train, batch, epochs)
-    result, predict = segment(encoder, train, val, run, epochs, batch)
+    args.batch = divided(16, train) if args.batch is None else args.batch
+    args.epochs = args.epochs or (4 if args.data == "shapes" else 50)
+    check_batch(RunSettings(data=args.data), train, args.batch, args.epochs)
+    result, predict = segment(encoder, train, val, run, args.epochs, args.batch)
     first = [(0, torch.arange(min(8, len(val))))]
     ((x, labels),) = annotated_batches(val, first, AnnotatedCrop(encoder.config["image_size"]), run)
     with torch.no_grad():
@@ -2043,11 +2060,12 @@ def main(argv):
     every.add_argument("--workers", type=int, default=-1, help="default: one for each core, at most 12")
 
     def command(run, protocol):
-        name = run.__name__.removeprefix("run_")
-        p = commands.add_parser(name, parents=[every], help=protocol.__doc__.splitlines()[0])
+        text = " ".join(protocol.__doc__.split("\n\n")[0].split()).replace("%", "%%")
+        p = commands.add_parser(run.__name__.removeprefix("run_"), parents=[every], help=text, description=text)
         p.set_defaults(run=run)
         return p.add_argument
 
+    meaning = comments(FineTuning)
     flag = command(run_knn, knn)
     flag("--k", type=int, nargs="+", default=[10])
     flag("--votes", choices=["exp", "similarity"], default="exp")
@@ -2077,7 +2095,7 @@ def main(argv):
     flag("--fraction", type=float, help="share of the training images, drawn class by class")
     flag("--list", help="file with names of training images, one a line")
     for field in dataclasses.fields(FineTuning):
-        flag(f"--{field.name}", type=field.type, help="default: the recipe's")
+        flag(f"--{field.name}", type=field.type, help=f"[the recipe's, or {field.default}] {meaning.get(field.name, '')}")
     flag = command(run_retrieve, run_retrieve)
     flag("--samples", type=int, default=8, help="rows of either picture")
     flag("--neighbours", type=int, default=10)
@@ -2100,7 +2118,7 @@ def main(argv):
     command(run_stats, run_stats)
     flag = command(run_segment, segment)
     flag("--epochs", type=int, help="default: 50, on the built-in images 4")
-    flag("--batch", type=int, default=16)
+    flag("--batch", type=int, help="default 16")
     flag = command(run_robust, robust)
     flag("--classifier", type=Path, help="probe.pt or finetuned.pt; default: probe.pt beside the encoder")
     flag("--sets", nargs="+", metavar="FOLDER", help="instead of --data: folders with one folder of images per class")
@@ -2117,7 +2135,7 @@ def main(argv):
     flag("--spatial", type=int, help="spatial views of each; default 3, moving_shapes 1: its videos are square")
     for field in dataclasses.fields(FineTuning):
         if field.name not in ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing"):
-            flag(f"--{field.name}", type=field.type, help="default: ViC-MAE Table 8 without RandAugment and Mixup")
+            flag(f"--{field.name}", type=field.type, help=f"[Table 8's; moving_shapes has its own] {meaning.get(field.name, '')}")
     args = check_numbers(parser.parse_args(argv))
 
     device = start()
@@ -2127,8 +2145,9 @@ def main(argv):
     result = args.run(args, encoder, Machine(device, precision_of(args.precision, device), workers_of(args.workers)))
     table(result)
     if rank() == 0:
-        setting = {k: str(v) for k, v in vars(args).items() if k != "run"}
-        write_atomic(args.encoder.parent / f"{args.protocol}.json", json.dumps(setting | result, indent=1).encode())
+        content = dict(settings={k: v for k, v in vars(args).items() if k != "run"}) | result
+        content = json.dumps(content, indent=1, default=str)  # paths as text
+        write_atomic(args.encoder.parent / f"{args.protocol}.json", content.encode())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ No augmentation but crop and flip is needed; the neighbours are the augmentation
 
     python mae_ct.py                                                    # all of it on built-in data, in minutes
     torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16
-    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 --init mae_vit_l.pth --stages head,ct
+    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 \
+        --init mae_pretrain_vit_large.pth --stages head,ct
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mae_ct.py --data ... --model vit_h16
 
 Easy to get wrong:
