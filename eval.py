@@ -452,8 +452,8 @@ def probe(train, steps, warmup, classes, test_x, test_y, batch, lrs=PROBE_LRS, s
     Args:
         train: iterable of `steps` batches ([n, D], labels [n]) of this rank: `cached_batches` or `augmented_batches`;
         warmup: steps; classes: their number; test_x [N, D], test_y [N]; batch: global batch size; lrs: base rates, at
-        batch 256; sets: {name: width} of the feature sets that stand side by side in D; loss, score: other than cross-entropy and
-        accuracy, for other than one label an image.
+        batch 256; sets: {name: width} of the feature sets that stand side by side in D; loss, score: other than
+        cross-entropy and accuracy, for other than one label an image.
     Returns:
         {"probe": score in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
         also {"features": its name, "probe_by_features": the best of each}; the best's Probes and its number in them.
@@ -1007,7 +1007,7 @@ def finetune(encoder, train, val, run, s):
 
 
 def given_settings(args, train, base):
-    """FineTuning from a recipe's dict and the flags that were given; a recipe's batch larger than the set becomes the set's."""
+    """FineTuning from a recipe's dict and the flags that were given; a recipe's batch is at most the set."""
     names = [f.name for f in dataclasses.fields(FineTuning)]
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     s = FineTuning(**base | given)
@@ -1806,8 +1806,8 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
     non-affine BatchNorm, a linear layer, its logits upsampled to pixels, cross-entropy. All crops have the encoder's
     size (224). C.8 and C.3: SGD with momentum 0.9, 50 epochs, random resized crops and flips, a sweep of
     learning rates (base · batch / 256) of which the best on the validation set is reported. Left open there and taken
-    from the authors' code: no weight decay, tokens before the final norm, batch 16, a tenth of the steps warm-up, then cosine. Chosen:
-    bilinear upsampling (theirs: nearest), classes that are nowhere left out of the mean.
+    from the authors' code: no weight decay, tokens before the final norm, batch 16, a tenth of the steps warm-up, then
+    cosine. Chosen: bilinear upsampling (theirs: nearest), classes that are nowhere left out of the mean.
 
     Args:
         encoder: a frozen ViT; train, val: Annotated; batch: global; lrs: base rates, at batch 256.
