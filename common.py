@@ -1839,7 +1839,7 @@ def check_batch(settings, images, batch, epochs):
     """Raises InputError if the global batch does not fit the set, the processes or the micro-batches, or if the epochs
     are less than a step."""
     if batch < 1:
-        raise InputError(f"{len(images)} images are too few for {world()} processes")
+        raise InputError(f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
     if batch > len(images):
         raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
     if round(epochs * (len(images) // batch)) < 1:

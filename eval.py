@@ -138,8 +138,9 @@ def of_classes(images, path):
     if unknown or len(set(names)) < 2:
         what = f"{unknown[0]!r} is no class" if unknown else "fewer than two classes"
         raise InputError(f"{path}: {what}; the data has {', '.join(map(str, images.classes[:5]))}, …")
-    numbers = torch.tensor([number[name] for name in names])
-    return images.subset(torch.isin(images.labels, numbers).nonzero()[:, 0], names)
+    numbers = [number[name] for name in names]
+    kept = torch.isin(images.labels, torch.tensor(numbers)).nonzero()[:, 0]
+    return images.subset(kept, [images.classes[i] for i in numbers])
 
 
 def divided(batch, images, pairs=False):

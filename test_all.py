@@ -4579,6 +4579,8 @@ def test_classes_of_a_file_are_clustered_alone(tmp_path):
     found = protocols.of_classes(images, tmp_path / "names")
     assert found.classes == ["d", "b"] and found.labels.tolist() == [1, 0] * 3
     assert torch.equal(found.pixels, images.pixels[1::2])
+    (tmp_path / "names").write_text("3\n1\n")  # of a set whose classes are numbers
+    assert protocols.of_classes(dataclasses.replace(images, classes=range(4)), tmp_path / "names").classes == [3, 1]
     for text, fault in (("a\nx\n", "names: 'x' is no class; the data has a, b"), ("a\n", "fewer than two classes")):
         (tmp_path / "names").write_text(text)
         with pytest.raises(InputError, match=fault):
@@ -4835,6 +4837,9 @@ def test_classifiers_come_back_from_their_files(tmp_path):
             protocols.load_classifier(tmp_path / "probe.pt", other.float())
     protocols.load_classifier(tmp_path / "probe.pt", common.load_encoder(tmp_path / "finetuned.pt", 64))  # larger images
     common.save_encoder(tmp_path / "encoder.pt", encoder)
+    encoder.pool = "cls"  # as by --pool
+    protocols.Classifier(encoder, "abcd").save(tmp_path / "finetuned.pt", with_encoder=True)
+    assert common.load_encoder(tmp_path / "finetuned.pt").pool == "cls"
     with pytest.raises(InputError, match="encoder.pt holds no classifier"):
         protocols.load_classifier(tmp_path / "encoder.pt", encoder)
 
@@ -5762,6 +5767,9 @@ BAD_EVAL = [
         ("retrieve --data labelled --clusters 13 --neighbours 2", "2 neighbours, 13 clusters: the data has 12 images"),
         ("retrieve --data flat --classes a_file", "--data flat: labels are needed"),
         ("retrieve --data labelled --classes a_file", "a_file: 'hello' is no class"),
+        ("finetune --data labelled --list empty.txt", "empty.txt: the list names no image"),
+        ("lowshot --data labelled --shots 9 --lists empty.txt", "empty.txt: the list names no image"),  # nothing is drawn
+        ("finetune --data labelled --list one.txt", "the training set (1 images) is too small for a batch on 1 processes"),
         ("embed --data flat", "--data flat: labels are needed"),
         ("embed --data labelled --classes no_such.txt", "no_such.txt: no such list of classes"),
         ("blocks --data flat", "--data flat: labels are needed"),
@@ -5809,6 +5817,8 @@ def bad_files(folders, monkeypatch):
         Path("code.pkl").write_bytes(pickle.dumps(Mischief(), 4))
         torch.save(dict(weight=1), "numbers.pt")
         Path("a_file").write_text("hello")
+        Path("empty.txt").write_text("\n")
+        Path("one.txt").write_text("b/000.png\n")
         common.save_encoder("wide.pt", nano(depth=6, dim=192, heads=6))
         common.save_encoder("post.pt", nano(depth=6, post_norm=True))
         protocols.Classifier(common.load_encoder("wide.pt"), ["a", "b"]).save("of_ab.pt", with_encoder=False)
