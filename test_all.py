@@ -4450,7 +4450,7 @@ def tuned_by(folders, tmp_path, *flags):
 
 def test_a_tuned_classifier_is_read_again_with_its_accuracy(folders, tmp_path):
     result, printed = tuned_by(folders, tmp_path, "--lr", "1e-2")
-    assert result["recipe"] == "mae" and result["images"] == 16 and len(result["finetune_by_epoch"]) == 2
+    assert result["settings"]["recipe"] == "mae" and result["images"] == 16 and len(result["finetune_by_epoch"]) == 2
     assert f"epoch 2: {result['finetune']:.2f}" in printed and result["finetune"] == result["finetune_by_epoch"][1]
     classifier = protocols.load_classifier(tmp_path / "finetuned.pt", common.load_encoder(tmp_path / "encoder.pt"))
     _, val = common.load_splits(str(folders / "labelled"))
