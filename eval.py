@@ -10,8 +10,8 @@
     analysis         blocks · invariance · colorhist · stats
 
 Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it, with its
-settings, as PROTOCOL.json beside the encoder; `run` is the Machine it runs on. What a protocol's text leaves open stands
-in its function's docstring.
+settings, as PROTOCOL.json beside encoder.pt, or as mae_PROTOCOL.json beside mae.pt; `run` is the Machine it runs on. What
+a protocol's text leaves open stands in its function's docstring.
 """
 
 import argparse
@@ -84,6 +84,11 @@ def splits(args):
     if val is None:
         raise InputError(f"--data {args.data}: there is no val/ or test/ to evaluate on")
     return train, val
+
+
+def beside(encoder, name):
+    """Where a result of an encoder file goes: `name` beside encoder.pt; mae_`name` beside mae.pt, and so on."""
+    return encoder.with_name(name if encoder.stem == "encoder" else f"{encoder.stem}_{name}")
 
 
 def listed(images, path):
@@ -567,7 +572,7 @@ def run_probe(args, encoder, run):
     how = (args.recipe, args.epochs, args.batch, args.last, pool, args.cached)
     result, classifier = linear_probe(encoder, *splits(args), run, *how)
     if rank() == 0:
-        classifier.save(args.encoder.parent / "probe.pt", False)
+        classifier.save(beside(args.encoder, "probe.pt"), False)
     return result
 
 
@@ -1034,7 +1039,7 @@ def run_finetune(args, encoder, run):
     s = given_settings(args, train, recipe(args.recipe, encoder.dim))
     result, classifier = finetune(encoder, train, val, run, s)
     if rank() == 0:
-        classifier.save(args.encoder.parent / "finetuned.pt", with_encoder=True)
+        classifier.save(beside(args.encoder, "finetuned.pt"), with_encoder=True)
     return {"images": len(train)} | result
 
 
@@ -1221,7 +1226,7 @@ def run_cluster(args, encoder, run):
         images = of_classes(images, args.classes)
     result, confusion = cluster(*features(encoder, images, run), args.runs, args.normalization, precision=run.precision)
     if rank() == 0:
-        draw_matrix(args.encoder.parent / "confusion.png", confusion, images.classes)
+        draw_matrix(beside(args.encoder, "confusion.png"), confusion, images.classes)
     return result
 
 
@@ -1247,7 +1252,7 @@ def run_retrieve(args, encoder, run):
     samples. Chosen: samples drawn at random, the largest clusters.
     """
     train, val = load_splits(args.data, labels=bool(args.classes))
-    images, size, folder = val or train, encoder.config["image_size"], args.encoder.parent
+    images, size = val or train, encoder.config["image_size"]
     if args.classes:
         images = of_classes(images, args.classes)
     labelled, k = bool(images.classes), args.clusters or max(2, len(images.classes))
@@ -1260,7 +1265,7 @@ def run_retrieve(args, encoder, run):
     index = similarity.topk(args.neighbours + 1, 1).indices
     caption = lambda r: str(images.classes[y[queries[r]]]) if labelled else f"image {queries[r]}"
     if rank() == 0:
-        draw_neighbours(folder / "neighbours.png", images, size, index, caption, y[queries] if labelled else None)
+        draw_neighbours(beside(args.encoder, "neighbours.png"), images, size, index, caption, y[queries] if labelled else None)
     result = dict(neighbours=100 * (y[index[:, 1:]] == y[queries, None]).float().mean().item()) if labelled else {}
 
     std, mean = torch.std_mean(x, 0, unbiased=False)
@@ -1273,7 +1278,7 @@ def run_retrieve(args, encoder, run):
     of_cluster = torch.stack([y[assigned == c].mode().values for c in largest])
     caption = lambda r: f"cluster {r + 1}" + (f": {images.classes[of_cluster[r]]}" if labelled else "")
     if rank() == 0:
-        draw_neighbours(folder / "clusters.png", images, size, index, caption, of_cluster if labelled else None)
+        draw_neighbours(beside(args.encoder, "clusters.png"), images, size, index, caption, of_cluster if labelled else None)
     return result | (dict(of_centres=100 * (y[index] == of_cluster[:, None]).float().mean().item()) if labelled else {})
 
 
@@ -1305,7 +1310,7 @@ def run_embed(args, encoder, run):
     x = F.normalize(x, dim=1)
     points, how = embed(x)
     if rank() == 0:
-        draw_points(args.encoder.parent / "embed.png", points.cpu(), y.cpu(), images.classes)
+        draw_points(beside(args.encoder, "embed.png"), points.cpu(), y.cpu(), images.classes)
     return dict(embedding=how, silhouette=silhouette(x, y))
 
 
@@ -1376,7 +1381,7 @@ def run_blocks(args, encoder, run):
         result[f"{name}_improvement"] = (change / max(np.abs(change).max(), 1e-12)).tolist()
         curves[name] = (list(range(2, encoder.depth + 1)), result[f"{name}_improvement"])
     if rank() == 0:
-        draw_curves(args.encoder.parent / "blocks.png", curves, "block", "relative improvement")
+        draw_curves(beside(args.encoder, "blocks.png"), curves, "block", "relative improvement")
     return result
 
 
@@ -1422,7 +1427,7 @@ def invariance(classifier, images, run):
 
 def run_invariance(args, encoder, run):
     """Subcommand invariance, on the validation set."""
-    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder, args.image_size)
+    classifier = load_classifier(args.classifier or beside(args.encoder, "probe.pt"), encoder, args.image_size)
     train, val = load_splits(args.data)
     return invariance(classifier, val or train, run)
 
@@ -1485,7 +1490,7 @@ def run_colorhist(args, encoder, run):
     errors = colorhist(encoder, train, val, run, args.epochs, args.batch, args.lr)
     if rank() == 0:
         curve = {"histogram prediction error": (list(range(1, encoder.depth + 1)), errors)}
-        draw_curves(args.encoder.parent / "colorhist.png", curve, "block", "% of a uniform guess")
+        draw_curves(beside(args.encoder, "colorhist.png"), curve, "block", "% of a uniform guess")
     return dict(colorhist=errors, last=errors[-1])
 
 
@@ -1609,7 +1614,7 @@ def class_folders(path):
 
 def run_robust(args, encoder, run):
     """Subcommand robust, on each folder of --sets (or --data) and, with --real, on the validation images of --data."""
-    classifier = load_classifier(args.classifier or args.encoder.with_name("probe.pt"), encoder, args.image_size)
+    classifier = load_classifier(args.classifier or beside(args.encoder, "probe.pt"), encoder, args.image_size)
     mapping, result = args.mapping and read_json(args.mapping, "expected {folder: class or list of classes}"), {}
     for name in args.sets or [args.data]:
         images = class_folders(name)
@@ -1875,7 +1880,7 @@ def run_segment(args, encoder, run):
         maps = {"labels": labels, "predictions": predict(x)}
     if rank() == 0:
         rows = [("images", to_bytes(x), None), *((name, map_colours(y + 1), None) for name, y in maps.items())]
-        draw(args.encoder.parent / "segment.png", rows, side=96)
+        draw(beside(args.encoder, "segment.png"), rows, side=96)
     return result
 
 
@@ -2148,7 +2153,7 @@ def main(argv):
     if rank() == 0:
         content = dict(settings={k: v for k, v in vars(args).items() if k != "run"}) | result
         content = json.dumps(content, indent=1, default=str)  # paths as text
-        write_atomic(args.encoder.parent / f"{args.protocol}.json", content.encode())
+        write_atomic(beside(args.encoder, f"{args.protocol}.json"), content.encode())
 
 
 if __name__ == "__main__":

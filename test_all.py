@@ -4712,6 +4712,19 @@ def protocol(name, *argv):
     return json.loads((Path(argv[argv.index("--encoder") + 1]).parent / f"{name}.json").read_text()), printed.getvalue()
 
 
+def test_results_of_encoders_in_one_folder_stay_apart(labelled_encoder, tmp_path):
+    common.save_encoder(tmp_path / "mae.pt", randomized(common.build_vit("vit_nano8", 16)).float())
+    for name, prefix in (("encoder", ""), ("mae", "mae_")):
+        argv = ["--encoder", tmp_path / f"{name}.pt", *labelled_encoder[2:]]
+        main("probe", *argv, "--epochs", 1, "--batch", 4, program=protocols)
+        main("invariance", *argv, program=protocols)  # a probe of the other encoder would be refused
+        settings = json.loads((tmp_path / f"{prefix}invariance.json").read_text())["settings"]
+        assert Path(settings["encoder"]).stem == name
+    written = ("probe.pt", "probe.json", "invariance.json")
+    expected = {"encoder.pt", "mae.pt", *written, *(f"mae_{f}" for f in written)}
+    assert {f.name for f in tmp_path.iterdir() if f.is_file()} == expected
+
+
 def test_retrieval_draws_nearest_neighbours_and_cluster_centres(labelled_encoder, tmp_path):
     for i, picture in enumerate(pictures(32, 16, 16)):
         file = tmp_path / "data" / ("train", "val")[i < 24] / "abcd"[i % 4] / f"{i}.png"
