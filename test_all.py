@@ -2703,7 +2703,7 @@ def test_a_whole_run_leaves_its_files_and_eval_repeats_its_table(folders, tmp_pa
                     *flags,
                 ]
                 protocols.main([str(a) for a in argv])
-            written = json.loads((out / f"{protocol}.json").read_text())
+            written = json.loads(protocols.beside(out / file, f"{protocol}.json").read_text())
             for name in results[stage].keys() & written.keys():
                 assert written[name] == pytest.approx(results[stage][name], abs=1e-3), (stage, name)
 
@@ -3507,7 +3507,7 @@ def test_a_whole_cmae_run_leaves_its_files_and_eval_repeats_its_table(folders, t
         for protocol, flags in (("knn", []), ("finetune", "--recipe partial --epochs 2 --batch 8".split())):
             argv = [protocol, "--encoder", out / file, "--data", data, "--precision", "float32", "--workers", 0, *flags]
             main(*argv, program=protocols)
-            written = json.loads((out / f"{protocol}.json").read_text())
+            written = json.loads(protocols.beside(out / file, f"{protocol}.json").read_text())
             assert written[protocol] == pytest.approx(results[stage][protocol], abs=1e-3), (stage, protocol)
 
 
