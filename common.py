@@ -659,6 +659,11 @@ def frozen_copy(module):
 # ----------------------------------------------------------------------------------------------------------- the step
 
 
+def autocast(device, precision):
+    """Within it, matrix products and convolutions run in bfloat16, if that is the `precision`; float32 changes nothing."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     """Forward and backward of one step, in one piece or in micro-batches with the same numbers.
 
@@ -682,11 +687,11 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
         raise InputError(f"micro-batches of {micro_batch} do not divide {n} samples")
     pieces = [t.split(micro_batch) if t is not None else [None] * (n // micro_batch) for t in inputs]
     chunks = list(zip(*pieces))
-    autocast = lambda: torch.autocast(inputs[0].device.type, precision, enabled=precision != torch.float32)
-    loss, aux = torch.zeros((), device=inputs[0].device), None
+    device = inputs[0].device
+    loss, aux = torch.zeros((), device=device), None
 
     if len(chunks) == 1:
-        with autocast():
+        with autocast(device, precision):
             features, sample_loss = encode(*chunks[0])
             if objective is not None:
                 loss, aux = objective(*features)
@@ -700,17 +705,17 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
         with torch.no_grad():
             cached = []
             for chunk in chunks:
-                with autocast():
+                with autocast(device, precision):
                     cached.append(encode(*chunk)[0])
         features = [torch.cat(f).requires_grad_() for f in zip(*cached)]
-        with autocast():
+        with autocast(device, precision):
             loss, aux = objective(*features)
         loss.backward()
         gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]  # None: a target's feature
         gradients = list(zip(*[g.split(micro_batch) for g in gradients]))
     loss = loss.detach()
     for chunk, gradient in zip(chunks, gradients):
-        with autocast():
+        with autocast(device, precision):
             features, sample_loss = encode(*chunk)
         pairs = list(zip(features, gradient))
         if sample_loss is not None:

@@ -41,12 +41,12 @@ from torchvision.transforms.v2 import functional as v2
 
 from common import (
     BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RandomCrops, RunSettings,
-    SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment,
+    SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, autocast,
     average_gradients, backward, batches, blend, channels, check_batch, check_numbers, comments, crop_boxes, decode,
     draw, draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
-    random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes,
-    uniform, unstandardise, warmup_cosine, workers_of, world, write_atomic,
+    random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes, uniform,
+    unstandardise, warmup_cosine, workers_of, world, write_atomic,
 )  # fmt: skip
 
 
@@ -60,10 +60,6 @@ class Machine:
     device: torch.device
     precision: torch.dtype = torch.float32  # of autocast
     workers: int = 0  # decoding processes
-
-
-def autocast(run):
-    return torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
 
 
 def progress(items, total, what):
@@ -179,7 +175,7 @@ def outputs(function, images, size, run, index=None, what="images encoded"):
     out, used = [], []
     views = center_views(images, size, run.device, run.workers, mine)
     for x, at in progress(views, math.ceil(share / 256), f"batches of {what}"):
-        with autocast(run):
+        with autocast(run.device, run.precision):
             out.append(promote(function(augment(x))))
         used.append(at)
     used = gather(torch.cat(used))[: len(index)]
@@ -431,7 +427,7 @@ def augmented_batches(function, images, size, batch, epochs, run, seed=0, flip=T
     steps = epochs * (len(images) // batch)
     views = batches(images, [View(size, (0.08, 1.0), flip)], batch, 0, steps, seed, run.device, run.workers, {})
     for data in progress(views, steps, "steps"):
-        with autocast(run):  # in pieces: on CPUs faster by 40 % (fewer page faults), and less memory
+        with autocast(run.device, run.precision):  # in pieces: on CPUs faster by 40 % (fewer page faults), and less memory
             out = torch.cat([promote(function(augment(x))) for x in data.views[0].split(256)])
         yield out, data.labels
 
@@ -1337,10 +1333,10 @@ def reconstruction_per_block(encoder, train, val, run, epochs=20, batch=4096, lr
     def losses(x, noise):
         """Yields the losses [n] of one block's decoder after the other."""
         ids_keep, ids_restore, mask = random_masking(noise, 0.75)
-        with torch.no_grad(), autocast(run):
+        with torch.no_grad(), autocast(run.device, run.precision):
             every = encoder(x, ids_keep, blocks=blocks)
         for decoder, tokens in zip(decoders, every):
-            with autocast(run):
+            with autocast(run.device, run.precision):
                 loss = mae_loss(decoder(tokens, ids_restore), x, mask)
             yield loss
 
@@ -1830,7 +1826,7 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS, seed
     optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)  # a probe's rate is a weight of its loss
 
     def logits(x):
-        with torch.no_grad(), autocast(run):
+        with torch.no_grad(), autocast(run.device, run.precision):
             tokens = torch.cat(encoder(x, blocks=blocks), -1)[:, 1:]  # [n, L, blocks · D]
         return pixel_logits(probes(promote(tokens).flatten(0, 1)), encoder.grid, size)
 
@@ -1971,7 +1967,7 @@ def multi_view(classifier, videos, cut, run, batch=32):
     order, right = [(0, part) for part in mine.split(batch)], []
     stream = decode(videos, order, cut, run.device, run.workers, {})
     for views, used in progress(stream, len(order), "batches of videos"):
-        with autocast(run):
+        with autocast(run.device, run.precision):
             probabilities = sum(classifier(standardized(v)).softmax(1) for v in views)  # [n, C]
         right.append(probabilities.argmax(1) == videos.labels.to(run.device)[used])
     return 100 * gather(torch.cat(right))[: len(videos)].float().mean().item()
@@ -2053,8 +2049,8 @@ def table(result):
         print0(f"{name:>16}  {shown(value)}")
 
 
-def main(argv):
-    """Parses the subcommand, loads the encoder, prints the result and writes PROTOCOL.json beside the encoder."""
+def command_line():
+    """The parser: a subcommand for each protocol, with its flags; `run` is its function."""
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="protocol", required=True)
     every = argparse.ArgumentParser(add_help=False)
@@ -2141,9 +2137,14 @@ def main(argv):
     flag("--spatial", type=int, help="spatial views of each; default 3, moving_shapes 1: its videos are square")
     for field in dataclasses.fields(FineTuning):
         if field.name not in ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing"):
-            flag(f"--{field.name}", type=field.type, help=f"[Table 8's; moving_shapes has its own] {meaning.get(field.name, '')}")
-    args = check_numbers(parser.parse_args(argv))
+            text = f"[Table 8's; moving_shapes has its own] {meaning.get(field.name, '')}"
+            flag(f"--{field.name}", type=field.type, help=text)
+    return parser
 
+
+def main(argv):
+    """Parses the subcommand, loads the encoder, prints the result and writes PROTOCOL.json beside the encoder."""
+    args = check_numbers(command_line().parse_args(argv))
     device = start()
     encoder = load_encoder(args.encoder, args.image_size)
     encoder.pool = args.pool or encoder.pool

@@ -6040,7 +6040,7 @@ def bench_heads():
     dice = torch.rand(256, 2, device=device)
 
     def step(heads):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with common.autocast(device, precision):
             parts = [y] if len(heads) == 1 else y.split(1, 2)
             sum(h.loss(part, index, index, dice, s, 20)[0].sum() for h, part in zip(heads, parts)).backward()
         if device.type == "cuda":
