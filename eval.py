@@ -1087,8 +1087,8 @@ def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=tor
     starts = kmeans_plus_plus(x, k, runs, precision, seed)
     starts = starts[torch.arange(rank() * share, (rank() + 1) * share) % runs]
     assignments, losses = [], []
-    for start in progress(starts, share, "k-means runs"):
-        centres, points = x[start], low
+    for chosen in progress(starts, share, "k-means runs"):
+        centres, points = x[chosen], low
         for _ in range(iterations):
             half = centres.square().sum(1) / 2
             least = (half - points @ centres.to(points.dtype).T).min(1)  # |c|² / 2 − x·c
