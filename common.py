@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import signal
@@ -821,7 +822,6 @@ def set_lr(optimizer, factor):
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-IN_MEMORY = 2 << 30  # bytes of uint8 pixels that are decoded once and cropped on the device
 
 
 @dataclass
@@ -860,10 +860,9 @@ class Images:
             part |= dict(labels=number[part["labels"]], classes=list(classes))
         return dataclasses.replace(self, **part)
 
-    def sources(self, seed, epoch, index):
-        """What a sample's views are cut from, view by view: the image itself. For indices [n] of pixels in memory uint8
-        [n, 3, H, W], else for a single index a PIL image."""
-        return itertools.repeat(self.open(index.item()) if self.pixels is None else self.pixels[index])
+    def sources(self, index, views, dice):
+        """The RGB image that each of a sample's views is cut from: the same one."""
+        return [self.open(index)] * views
 
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
@@ -876,16 +875,11 @@ class Videos(Images):
     motions: torch.Tensor = None  # [N] int64, a second label (moving_shapes only)
     gap: int = -1  # see sample_frames
 
-    def sources(self, seed, epoch, index):
-        """The same for a pair of frames: the first view is cut from the one, the second from the other."""
-        noise = uniform((seed, epoch, "frames"), index, 2)
-        if self.pixels is not None:
-            for frame in sample_frames(noise, self.pixels.shape[1], self.gap).unbind(1):
-                yield self.pixels[index, frame]
-        else:
-            length, read = self.open_clip(index.item())
-            for frame in sample_frames(noise, length, self.gap)[0].tolist():
-                yield read(frame)
+    def sources(self, index, views, dice):
+        """The frames of a pair: the first view is cut from the one, the second from the other."""
+        length, read = self.open_clip(index)
+        noise = torch.tensor([[dice.random(), dice.random()]])
+        return [read(frame) for frame in sample_frames(noise, length, self.gap)[0, :views].tolist()]
 
     def open_clip(self, i):
         """(number of frames of video i, a function from a frame's number to its RGB image); nothing else is decoded."""
@@ -972,7 +966,7 @@ def load_images(data, split, labels=True):
     if data == "random":
         return Images(torch.full((1281167,), -1), [], dataset=_Noise())
     if os.path.isdir(data):  # Path("") would be this folder
-        return _fit_in_memory(_load_folder(Path(data), split, labels))
+        return _load_folder(Path(data), split, labels)
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     if data.lower() not in known:
         raise InputError(f"--data {data}: no such folder, and neither 'shapes' nor the name of a torchvision data set")
@@ -1154,26 +1148,6 @@ def load_voc2007(split):
     flags = [(lists / f"{c}_{part}.txt").read_text().split()[1::2] for c in classes]  # "000005 -1", image by image
     labels = torch.tensor([[meaning[flag] for flag in column] for column in flags]).T
     return Images(labels, classes, files=np.array([os.fsencode(file) for file in dataset.images]))
-
-
-def _fit_in_memory(images):
-    """Decodes a set of small images of one size; returns other sets as they are."""
-    try:
-        first = images.open(0)
-    except UNREADABLE:
-        return images
-    if first.width * first.height * 3 * len(images) > IN_MEMORY:
-        return images
-    pixels = torch.empty(len(images), 3, first.height, first.width, dtype=torch.uint8)
-    for i in range(len(images)):
-        try:
-            image = images.open(i)
-        except UNREADABLE:
-            return images  # workers name and skip it
-        if image.size != first.size:
-            return images
-        pixels[i] = _to_uint8(image)
-    return dataclasses.replace(images, pixels=pixels)
 
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -1386,70 +1360,41 @@ class View:
     flip: bool = True
 
 
-def crop_boxes(noise, height, width, scale):
-    """torchvision's RandomResizedCrop rule on given noise [N, 22]: boxes [N, 4] of (top, left, height, width).
+def crop_box(dice, height, width, scale):
+    """torchvision's RandomResizedCrop rule: a box (top, left, height, width), drawn from a random.Random.
 
-    Ten tries of an area in `scale` and an aspect ratio in (3/4, 4/3); the first that fits is taken, else the largest
-    central box of an allowed ratio.
+    Ten tries of an area in `scale` (fractions) and an aspect ratio in (3/4, 4/3); the first that fits is taken, else the
+    largest central box of an allowed ratio.
     """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * noise[:, :10])
-    log = math.log(4 / 3)
-    ratio = torch.exp(log * (2 * noise[:, 10:20] - 1))
-    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()  # [N, 10]
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    fallback_w = min(width, round(height * 4 / 3))
-    fallback_h = min(height, round(width * 4 / 3))
-    w = torch.where(fits.any(1), w.gather(1, first)[:, 0], fallback_w)
-    h = torch.where(fits.any(1), h.gather(1, first)[:, 0], fallback_h)
-    top, left = (noise[:, 20] * (height - h + 1)).long(), (noise[:, 21] * (width - w + 1)).long()
-    top = torch.where(fits.any(1), top, (height - h) // 2)
-    left = torch.where(fits.any(1), left, (width - w) // 2)
-    return torch.stack([top, left, h, w], 1)
-
-
-def _resample(start, length, source, size):
-    """Matrices [N, size, source] of antialiased bicubic resampling (a = −1/2, as PIL) of [start, start + length)."""
-    scale = (length / size)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
-    position = torch.arange(source, device=start.device) + 0.5
-    d = ((position - centre) / scale.clamp(min=1)).abs()
-    weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((2.5 - 0.5 * d) * d - 4) * d + 2, 0))
-    inside = (position > start[:, None, None]) & (position < (start + length)[:, None, None])
-    weight = weight * inside
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, size):
-    """Cuts a box of its own from every image and resizes it (bicubic, antialiased) as two matrix products.
-
-    images [N, 3, H, W] uint8, boxes [N, 4] of (top, left, height, width) → [N, 3, size, size] uint8.
-    """
-    top, left, h, w = boxes.float().unbind(1)
-    rows = _resample(top, h, images.shape[-2], size)[:, None]  # [N, 1, size, H]
-    columns = _resample(left, w, images.shape[-1], size)[:, None]
-    return (rows @ images.float() @ columns.transpose(-2, -1)).round_().clamp_(0, 255).byte()
+    for _ in range(10):
+        area = height * width * dice.uniform(*scale)
+        ratio = math.exp(dice.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return dice.randint(0, height - h), dice.randint(0, width - w), h, w
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 @dataclass
 class RandomCrops:
-    """Cuts the views of a sample by the noise of (seed, epoch, index): called in the workers."""
+    """Cuts the views of a sample, uint8 [3, size, size] each, by the dice of (seed, epoch, index): called in the workers."""
 
     views: list
     seed: int
 
-    def box(self, v, epoch, index, height, width):
-        """Boxes [N, 4] of view number v, for dataset indices [N]."""
-        return crop_boxes(uniform((self.seed, epoch, "crop", v), index, 22), height, width, self.views[v].scale)
-
     def __call__(self, images, epoch, index):
-        index = torch.tensor([index])
-        views = []
-        for v, (view, image) in enumerate(zip(self.views, images.sources(self.seed, epoch, index))):
-            top, left, h, w = self.box(v, epoch, index, image.height, image.width)[0].tolist()
-            crop = image.crop((left, top, left + w, top + h))
-            views.append(_to_uint8(crop.resize((view.size, view.size), Image.Resampling.BICUBIC)))
-        return views
+        dice = random.Random(repr((self.seed, epoch, index)))
+        cut = []
+        for view, image in zip(self.views, images.sources(index, len(self.views), dice)):
+            top, left, h, w = crop_box(dice, image.height, image.width, view.scale)
+            x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), Image.Resampling.BICUBIC)
+            if dice.random() < 0.5 and view.flip:
+                x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            cut.append(_to_uint8(x))
+        return cut
 
 
 @dataclass
@@ -1554,25 +1499,12 @@ def batches(images, views, batch, start, stop, seed, device, workers, skipped):
         views: list of View; batch: global batch size; skipped: dict that counts unreadable images.
     """
     rows = torch.arange(batch // world()) + rank() * (batch // world())
-    crops, per_epoch = RandomCrops(views, seed), len(images) // batch
+    per_epoch = len(images) // batch
     order = shuffled(len(images), batch, start, stop, seed)
-
-    def from_memory():
-        here = dataclasses.replace(images, pixels=images.pixels.to(device))
-        for epoch, index in order:
-            index = index.to(device, non_blocking=True)
-            sources = enumerate(zip(views, here.sources(seed, epoch, index)))
-            yield [crop_resize(x, crops.box(v, epoch, index, *x.shape[2:]), view.size) for v, (view, x) in sources], index
-
-    source = from_memory() if images.pixels is not None else decode(images, order, crops, device, workers, skipped)
+    source = decode(images, order, RandomCrops(views, seed), device, workers, skipped)
     labels = images.labels.to(device)
     for step, (cut, index) in zip(range(start, stop), source):
-        epoch = step // per_epoch
-        for v, view in enumerate(views):
-            if view.flip:
-                flip = uniform((seed, epoch, "flip", v), index, 1, 1, 1) < 0.5
-                cut[v] = torch.where(flip, cut[v].flip(-1), cut[v])
-        yield Batch(cut, index, labels[index], rows, epoch)
+        yield Batch(cut, index, labels[index], rows, step // per_epoch)
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -1650,10 +1582,11 @@ def adjust_hue(x, shift):
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def gaussian_blur(x, sigma):
-    """Gaussian blur with a sigma [N] per sample; the kernel spans a tenth of the side (23 at 224), borders reflect."""
+def gaussian_blur(x, sigma, largest=2.0):
+    """Gaussian blur with a sigma [N] per sample, up to `largest` pixels; the kernel spans a tenth of the side (23 at 224)
+    and at least 3 of the largest sigma either way, borders reflect."""
     n, c, h, w = x.shape
-    radius = max(1, round(0.05 * min(h, w)))
+    radius = min(max(math.ceil(3 * largest), round(0.05 * min(h, w))), min(h, w) - 1)
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # [N · 3, 1, taps]
@@ -1689,7 +1622,7 @@ def augment(x, colour=None, noise=None):
             x[rows] = grayscale(x[rows]).expand(-1, 3, -1, -1)
         if blur.any():
             rows, sigma = on(blur), draw(*colour.sigma, noise[blur, 12]).to(x.device, non_blocking=True)
-            x[rows] = gaussian_blur(x[rows], sigma)
+            x[rows] = gaussian_blur(x[rows], sigma, colour.sigma[1])
         if solar.any():
             rows = on(solar)
             x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import sys
 import time
 import zlib
@@ -40,9 +41,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RandomCrops, RunSettings,
+    BatchNorm, CenterCrop, Images, InputError, LARS, MAEDecoder, MEAN, MOTIONS, Parser, RunSettings,
     SUFFIXES, View, adamw, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, augment, autocast,
-    average_gradients, backward, batches, blend, channels, check_batch, check_numbers, comments, crop_boxes, decode,
+    average_gradients, backward, batches, blend, channels, check_batch, check_numbers, comments, crop_box, decode,
     draw, draw_curves, draw_matrix, draw_points, drop_path, gather, launch, load_encoder, load_file, load_images,
     load_splits, load_state, load_videos, load_voc2007, mae_loss, parameter_groups, precision_of, print0, promote,
     random_masking, rank, read_json, save_encoder, save_file, set_lr, shuffled, standardise, start, to_bytes, uniform,
@@ -1768,10 +1769,10 @@ class AnnotatedCrop:
         if self.seed is None:
             pair = [v2.center_crop(v2.resize(x, [self.size], mode), [self.size] * 2) for x, mode in zip(pair, modes)]
         else:
-            index = torch.tensor([index])
-            box = RandomCrops([View(self.size, (0.08, 1.0))], self.seed).box(0, epoch, index, pair[0].height, pair[0].width)
-            pair = [v2.resized_crop(x, *box[0].tolist(), [self.size] * 2, mode) for x, mode in zip(pair, modes)]
-            if uniform((self.seed, epoch, "flip", 0), index, 1) < 0.5:
+            dice = random.Random(repr((self.seed, epoch, index)))
+            box = crop_box(dice, pair[0].height, pair[0].width, (0.08, 1.0))
+            pair = [v2.resized_crop(x, *box, [self.size] * 2, mode) for x, mode in zip(pair, modes)]
+            if dice.random() < 0.5:
                 pair = [v2.horizontal_flip(x) for x in pair]
         image, labels = map(np.array, pair)
         if labels.max() > len(images.classes):
@@ -1903,8 +1904,8 @@ class Clips:
 
     def __call__(self, videos, epoch, index):
         length, read = videos.open_clip(index)
-        draw = lambda name, count: uniform((self.seed, epoch, name), torch.tensor([index]), count)
-        offsets = [(k + 0.5) / self.temporal for k in range(self.temporal)] or [draw("clip", 1).item()]
+        dice = random.Random(repr((self.seed, epoch, index)))
+        offsets = [(k + 0.5) / self.temporal for k in range(self.temporal)] or [dice.random()]
         views = []
         for offset in offsets:
             pictures = [read(int((t + offset) * length / self.frames)).convert("RGB") for t in range(self.frames)]
@@ -1913,11 +1914,11 @@ class Clips:
                 side, places = min(w, h), torch.linspace(0, 1, self.spatial) if self.spatial > 1 else torch.tensor([0.5])
                 boxes = [(round((h - side) * p), round((w - side) * p), side, side) for p in places.tolist()]
             else:
-                boxes = crop_boxes(draw("crop", 22), h, w, (0.5, 1.0)).tolist()
+                boxes = [crop_box(dice, h, w, (0.5, 1.0))]
             for top, left, h, w in boxes:
                 cut = [p.resize((self.size,) * 2, Image.Resampling.BICUBIC, (left, top, left + w, top + h)) for p in pictures]
                 views.append(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in cut]))
-        if not self.temporal and draw("flip", 1).item() < 0.5:
+        if not self.temporal and dice.random() < 0.5:
             views = [v.flip(-1) for v in views]
         return views
 
