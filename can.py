@@ -25,7 +25,6 @@ Easy to get wrong:
 
 import copy
 import math
-import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,10 +32,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (
-    Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, build_vit, check_batch,
-    check_masking, draw, init_encoder, init_weights, launch, load_splits, mlp_head, normalize, normalize_patches,
-    nt_xent, parameter_groups, parse_settings, patchify, promote, random_masking, rank, save_encoder, start, to_bytes,
-    uniform, unpatchify, warmup_cosine,
+    BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, RunSettings, Share, Training, View, Whole, adamw,
+    augment, backward, check_batch, check_masking, draw_rows, init_encoder, init_weights, launch, load_splits,
+    masked_mean, mlp_head, model_size, need, new_decoder, new_encoder, normal, normalize, normalize_patches, nt_xent,
+    open_run, parameter_groups, parse_settings, patchify, promote, random_masking, rank, save_encoder, set_lr,
+    start_machine, to_bytes, uniform, unnormalize_patches, unpatchify, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate
 
@@ -49,39 +49,40 @@ class Settings(RunSettings):
     methods: str = "can"  # can, simclr, mae, or several of them, one after the other
 
     # what distinguishes the methods (METHODS) and their ablations
-    lambda_infonce: float = 0.03  # Section 5, Figure 7 left
-    lam: float = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
-    mask_ratio: float = 0.5  # 3.1
-    sigma_max: float = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels
+    lambda_infonce: Fraction = 0.03  # Section 5, Figure 7 left
+    lam: Fraction = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
+    mask_ratio: Ratio = 0.5  # 3.1
+    sigma_max: Number = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels
     level_embedding: bool = True  # 3.4; Table 1's "+noise, +loss" is without
-    views: int = 2  # 3.1
-    strength: float = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone
-    scale_min: float = 0.08  # of the random crops' area (Chen et al. 2020)
+    views: Count = 2  # 3.1
+    strength: Fraction = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone
+    scale_min: Share = 0.08  # of the random crops' area (Chen et al. 2020)
 
     # losses
-    temperature: float = 0.1  # 3.2
+    temperature: Positive = 0.1  # 3.2
     norm_pix: bool = False  # reconstruct patches normalised one by one; Table 4's L_rec of 0.17 is not of such
     noisy_target: bool = False  # reconstruct the noisy view, as the authors' code
-    projector_hidden: int = 4096  # Appendix C, projection head architecture
-    projector_dim: int = 128  # the same
-    decoder_dim: int = 512  # Appendix C, decoder architecture
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    projector_hidden: Count = 4096  # Appendix C, projection head architecture
+    projector_dim: Count = 128  # the same
+    decoder_dim: Count = 512  # Appendix C, decoder architecture
+    decoder_depth: Whole = 8
+    decoder_heads: Count = 16
 
     # optimisation: Table 6
-    epochs: float = 800  # Table 3
-    epoch_images: int = 0  # images an epoch is counted in; 0: those of the data. 4.1, JFT-300M: 1281167
-    batch: int = 4096
-    lr: float = 1.25e-4  # at batch 256; the views do not count
-    weight_decay: float = 0.1
-    warmup_epochs: float = 40
+    epochs: Positive = 800  # Table 3
+    epoch_images: Whole = 0  # images an epoch is counted in; 0: those of the data. 4.1, JFT-300M: 1281167
+    batch: BatchSize = 4096
+    lr: Positive = 1.25e-4  # at batch 256; the views do not count
+    weight_decay: Number = 0.1
+    warmup_epochs: Number = 40
 
 
 # Table 6 (ImageNet), Table 7 (JFT-300M): CAN and SimCLR
 TABLE_6 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=1600), "l": dict(lr=1.25e-4, weight_decay=0.1)}
 TABLE_7 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=800), "l": dict(lr=3.125e-5, weight_decay=0.05, epochs=5000)}
 # Tables 8 and 9: MAE. Of the augmentation they list, the text's "as He et al." keeps crop and flip
-TABLE_8, TABLE_9 = dict(lr=1.5e-4, weight_decay=0.05), dict(lr=3.75e-5, weight_decay=0.05)
+TABLE_8 = dict(lr=1.5e-4, weight_decay=0.05)
+TABLE_9 = dict(lr=3.75e-5, weight_decay=0.05)
 METHODS = {
     "can": dict(),
     "simclr": dict(lambda_infonce=1.0, mask_ratio=0.0, sigma_max=0.0),  # full views, no noise, no decoder
@@ -90,37 +91,43 @@ METHODS = {
 # The built-in run: small enough for two CPU cores, the same recipe for all methods. In so few steps the paper's
 # lambda_InfoNCE teaches no contrast, and hue is half of these classes' identity: more of it and weaker colours
 SHAPES = dict(
-    model="vit_nano8", image_size=48, decoder_dim=64, decoder_depth=2, decoder_heads=4, projector_hidden=512,
-    epochs=6, batch=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, lambda_infonce=0.3, strength=0.4,
+    model="vit_nano8", image_size=48, methods="can,simclr,mae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
+    projector_hidden=512, epochs=6, batch=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, lambda_infonce=0.3, strength=0.4,
 )  # fmt: skip
 
 
-def row_of(method, data):
+def method_row(method, data):
     """What a method changes; in the built-in run all of them see as many views."""
-    return METHODS.get(method, {}) | (dict(views=2) if data == "shapes" else {})
+    row = METHODS.get(method, {})
+    return row | dict(views=2) if data == "shapes" else row
 
 
 def presets(given):
-    """Field values for the flags given: Tables 6-9, the method, the built-in run."""
-    size = re.match(r"vit_(2b|\D+)|", given.get("model", "vit_l16"))[1]
+    """Field values for the flags given: Tables 6-9, the built-in run, the method."""
+    data = given.get("data", "shapes")
+    size, _ = model_size(given.get("model", "vit_l16"))
     uncurated = given.get("epoch_images", 0) > 0  # JFT-300M and its like
     row = dict((TABLE_7 if uncurated else TABLE_6).get(size, {}))
     if given.get("methods") == "mae":
         row |= TABLE_9 if uncurated else TABLE_8
-    if (data := given.get("data", "shapes")) == "shapes":
-        row |= SHAPES | dict(methods="can,simclr,mae")
+    if data == "shapes":
+        row |= SHAPES
         if given.get("short"):
             row |= dict(epochs=2, warmup_epochs=0.5)
-    return row | row_of(given.get("methods"), data)
+    methods = (row | given).get("methods", "can")
+    for name in METHODS["mae"]:  # these are all that a method may set
+        fault = f"--{name} belongs to one method: name it instead of --methods {methods}"
+        need(name not in given or "," not in methods, fault)
+    return row | method_row(methods, data)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
 
 
-def loss_weights(s):
+def loss_weights(lambda_infonce, lam):
     """3.5: lambda_InfoNCE, lambda_rec, lambda_denoise, which sum to 1."""
-    rest = 1 - s.lambda_infonce
-    return s.lambda_infonce, rest * s.lam, rest * (1 - s.lam)
+    rest = 1 - lambda_infonce
+    return dict(infonce=lambda_infonce, rec=rest * lam, denoise=rest * (1 - lam))
 
 
 class LevelEmbedding(nn.Module):
@@ -131,7 +138,8 @@ class LevelEmbedding(nn.Module):
 
     def __init__(self, dim, sigma_max):
         super().__init__()
-        self.dim, self.unit = dim, sigma_max / 1000
+        self.dim = dim
+        self.unit = sigma_max / 1000
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.mlp.apply(init_weights)
 
@@ -146,25 +154,34 @@ def patch_loss(chosen, target, x_hat):
 
     target, x_hat [N, T, p·p·3]. Every sample has as many, so the mean over samples is the loss of the batch.
     """
-    error = (promote(x_hat) - target).square().mean(-1)  # [N, T]
-    return (error * chosen).sum(1) / chosen.sum(1).clamp(min=1)
+    return masked_mean((promote(x_hat) - target).square().mean(-1), chosen)
 
 
 class CAN(nn.Module):
-    """Encoder f, decoder, level embedding, projector (Figure 2); what only losses of weight 0 would need is None."""
+    """Encoder f, decoder, level embedding, projector (Figure 2); what only losses of weight 0 would need is None.
 
-    def __init__(self, s):
+    Args:
+        encoder: a ViT with its `dim`, `patch_size` and `pooled`, called with (images, ids_keep).
+        decoder: an MAEDecoder; None where lambda_infonce is 1.
+        sigma_max: the level embedding's largest level; 0: no such embedding.
+    """
+
+    def __init__(self, encoder, decoder, lambda_infonce=0.03, lam=0.7, mask_ratio=0.5, sigma_max=0.05, temperature=0.1,
+                 projector_hidden=4096, projector_dim=128, norm_pix=False, noisy_target=False):  # fmt: skip
         super().__init__()
-        self.s = s
-        self.lambda_infonce, self.lambda_rec, self.lambda_denoise = loss_weights(s)
-        self.f = build_vit(s.model, s.image_size, pool="mean")
-        self.f.checkpoint_blocks = s.checkpoint_blocks
-        d, decodes = self.f.dim, self.lambda_infonce < 1
-        sizes = self.f.grid, self.f.patch_size, d, s.decoder_dim, s.decoder_depth, s.decoder_heads
-        self.decoder = MAEDecoder(*sizes) if decodes else None
-        self.level = LevelEmbedding(d, s.sigma_max) if decodes and s.level_embedding and s.sigma_max else None
-        widths = d, s.projector_hidden, s.projector_hidden, s.projector_dim
-        self.projector = mlp_head(*widths, last_norm=False) if self.lambda_infonce else None
+        self.weights = loss_weights(lambda_infonce, lam)
+        self.mask_ratio = mask_ratio
+        self.temperature = temperature
+        self.norm_pix = norm_pix
+        self.noisy_target = noisy_target
+        self.f = encoder
+        self.decoder = decoder
+        self.level = self.projector = None
+        d = encoder.dim
+        if decoder and sigma_max:
+            self.level = LevelEmbedding(d, sigma_max)
+        if lambda_infonce:
+            self.projector = mlp_head(d, projector_hidden, projector_hidden, projector_dim, last_norm=False)
 
     def decode(self, z, ids_restore, sigma):
         """z [N, 1 + T', d] and sigma [N] → x_hat [N, T, p·p·3]; 3.4: z_t ← z_t + p for t = 1 … T."""
@@ -181,35 +198,39 @@ class CAN(nn.Module):
         v = x.shape[1]
         x, noise, sigma, e = (t.flatten(0, 1) for t in (x, noise, sigma, e))  # all views as one batch (3.1)
         e = sigma[:, None, None, None] * e
-        ids_keep, ids_restore, M = random_masking(noise, self.s.mask_ratio)  # M [N·V, T], 1 = removed
+        ids_keep, ids_restore, M = random_masking(noise, self.mask_ratio)  # M [N·V, T], 1 = removed
         z = self.f(x + e, ids_keep)  # [N·V, 1 + T', d]
         y = self.f.pooled(z).unflatten(0, (-1, v))
         if not self.decoder:
             return y, *y.new_zeros(2, len(y))
         x_hat = self.decode(z, ids_restore, sigma)  # [N·V, T, p·p·3]
-        target = patchify(x + e if self.s.noisy_target else x, self.f.patch_size)
-        rec = patch_loss(M, normalize_patches(target) if self.s.norm_pix else target, x_hat)  # 3.3
-        denoise = patch_loss(1 - M, patchify(e, self.f.patch_size), x_hat)  # 3.4
+        p = self.f.patch_size
+        target = patchify(x + e if self.noisy_target else x, p)
+        if self.norm_pix:
+            target = normalize_patches(target)
+        rec = patch_loss(M, target, x_hat)  # 3.3
+        denoise = patch_loss(1 - M, patchify(e, p), x_hat)  # 3.4
         return y, rec.view(-1, v).mean(1), denoise.view(-1, v).mean(1)
 
     def objective(self, y, rec, denoise):
         """3.5: L_CAN of the whole batch (its part on this rank), and a dict of the losses that have a weight."""
-        infonce = 0 * y.mean()
+        losses = dict(rec=rec.mean(), denoise=denoise.mean())
         if self.projector:
             u = normalize(self.projector(y.flatten(0, 1))).unflatten(0, (-1, 2))  # BatchNorm over both views together
-            infonce = nt_xent(u[:, 0], u[:, 1], self.s.temperature)  # 3.2
-        losses = dict(infonce=infonce, rec=rec.mean(), denoise=denoise.mean())
-        weights = self.lambda_infonce, self.lambda_rec, self.lambda_denoise
-        total = sum(w * loss for w, loss in zip(weights, losses.values()))
-        return total, {name: loss.detach() for (name, loss), w in zip(losses.items(), weights) if w}
+            losses["infonce"] = nt_xent(u[:, 0], u[:, 1], self.temperature)  # 3.2
+        loss = sum(self.weights[name] * value for name, value in losses.items())
+        return loss, {name: value.detach() for name, value in losses.items() if self.weights[name]}
 
 
-def gaussian(key, rows, *shape, device):
-    """Keyed numbers of N(0, 1), [len(rows), *shape] (Box and Muller 1958): r cos and r sin of r² = −2 log(1 − u)."""
-    size = math.prod(shape)
-    u, turn = uniform(key, rows, 2, (size + 1) // 2, device=device).unbind(1)
-    r, angle = (-2 * torch.log1p(-u)).sqrt(), 2 * math.pi * turn
-    return torch.cat([r * angle.cos(), r * angle.sin()], 1)[:, :size].unflatten(1, shape)
+def new_model(s):
+    """CAN by its settings, on the CPU; one seed gives all methods the same encoder."""
+    torch.manual_seed(s.seed)
+    encoder = new_encoder(s, "mean")
+    decoder = new_decoder(encoder, s) if s.lambda_infonce < 1 else None
+    return CAN(
+        encoder, decoder, s.lambda_infonce, s.lam, s.mask_ratio, s.level_embedding * s.sigma_max, s.temperature,
+        s.projector_hidden, s.projector_dim, s.norm_pix, s.noisy_target,
+    )  # fmt: skip
 
 
 def simclr_colours(strength):
@@ -221,38 +242,49 @@ def simclr_colours(strength):
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-def pretrain(run, stage, model, images, s):
+def pretrain(run, method, model, images, s):
     """The one loop: CAN, SimCLR and MAE by `s`."""
+    device = run.machine.device
+    patches = math.prod(model.f.grid)
+    colours = simclr_colours(s.strength)
+    views = [View(s.image_size, (s.scale_min, 1.0))] * s.views
     optimizer = adamw(parameter_groups(model, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)
-    colours, views = simclr_colours(s.strength), [View(s.image_size, (s.scale_min, 1.0))] * s.views
+    state = dict(model=model, optimizer=optimizer)
     per_epoch = (s.epoch_images or len(images)) // s.batch  # steps
     epochs = s.epochs * per_epoch / (len(images) // s.batch)
+    training = Training(run, method, state, len(images), s.batch, epochs)
 
-    for data in run.steps(stage, images, views, s.batch, epochs, dict(model=model, optimizer=optimizer)):
-        key = (s.seed, stage, run.step)
-        colour = uniform((*key, "colour"), data.rows, s.views, 13, device="cpu")
+    for data in training.batches(images, views):
+        key = (s.seed, method, training.step)
+        colour = uniform((*key, "colour"), data.rows, s.views, 13)
         x = torch.stack([augment(v, colours, n) for v, n in zip(data.views, colour.unbind(1))], 1)  # [N, V, 3, S, S]
-        noise = uniform((*key, "mask"), data.rows, s.views, math.prod(model.f.grid), device=run.device)  # [N, V, T]
-        sigma = s.sigma_max * uniform((*key, "sigma"), data.rows, s.views, device=run.device).to(x)  # [N, V], U[0, max]
+        noise = uniform((*key, "mask"), data.rows, s.views, patches, device=device)  # [N, V, T]
+        sigma = s.sigma_max * uniform((*key, "sigma"), data.rows, s.views, device=device).to(x)  # [N, V], U[0, max]
 
         def encode(x, noise, sigma, rows):
             e = torch.zeros_like(x)
             if s.sigma_max:  # drawn here: a large batch's noise never stands in memory at once
-                e = gaussian((*key, "noise"), rows, *x.shape[1:], device=x.device).to(x)
+                e = normal((*key, "noise"), rows, *x.shape[1:], device=device).to(x)
             return model.encode(x, noise, sigma, e), None
 
-        loss, log = backward(encode, model.objective, (x, noise, sigma, data.rows), s.micro_batch, run.precision)
-        run.optimize(optimizer, loss, log, warmup_cosine(run.step, run.total, s.warmup_epochs * per_epoch))
+        # in one piece: loss, losses = model.objective(*encode(*inputs)[0]); loss.backward()
+        inputs = (x, noise, sigma, data.rows)
+        loss, losses = backward(encode, model.objective, inputs, s.micro_batch, run.machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * per_epoch))
+        _, log = training.take_step(optimizer, loss, **losses)
+        training.log(log)
+        training.save_if_due()
 
 
-def multiply_adds(model):
+def multiply_adds(model, views=2):
     """Multiply-adds per image of a step, forward and backward, counted in a step of two images."""
-    s, n = model.s, 2
+    n = 2
     model = copy.deepcopy(model)  # its gradients and BatchNorm statistics are thrown away
-    x = torch.zeros(n, s.views, 3, s.image_size, s.image_size, device=model.f.cls_token.device)
-    noise, sigma = x.new_zeros(n, s.views, math.prod(model.f.grid)), x.new_zeros(n, s.views)
+    side = model.f.config["image_size"]
+    x = torch.zeros(n, views, 3, side, side, device=model.f.cls_token.device)
+    noise = x.new_zeros(n, views, math.prod(model.f.grid))
     with FlopCounterMode(display=False) as counter:
-        model.objective(*model.encode(x, noise, sigma, x))[0].backward()
+        model.objective(*model.encode(x, noise, noise[..., 0], x))[0].backward()
     return counter.get_total_flops() / 2 / n  # the counter gives FLOPs
 
 
@@ -260,81 +292,89 @@ def multiply_adds(model):
 
 
 @torch.no_grad()
-def picture(path, model, images, device):
+def picture(path, model, images, s, machine):
     """Eight images, what the encoder sees of them, the reconstruction, and true and predicted noise of kept patches."""
-    s, p = model.s, model.f.patch_size
-    picks = torch.arange(min(8, len(images)))
-    x = augment(next(center_views(images, s.image_size, device, 0, picks))[0])  # [N, 3, S, S]
-    key, rows = (s.seed, "picture"), picks.to(device)
-    ids_keep, ids_restore, M = random_masking(uniform((*key, "mask"), rows, math.prod(model.f.grid)), s.mask_ratio)
-    sigma = torch.full((len(x),), s.sigma_max, device=device)
-    e = s.sigma_max * gaussian((*key, "noise"), rows, *x.shape[1:], device=device)
-    x_hat, M = promote(model.decode(model.f(x + e, ids_keep), ids_restore, sigma)), M[..., None]
-    target, seen, noise = (patchify(t, p) for t in (x, x + e, e))
-    var, mean = torch.var_mean(target, -1, keepdim=True)
-    restored = x_hat * (var + 1e-6).sqrt() + mean if s.norm_pix else x_hat
-    rows = {"input": target, f"{s.mask_ratio:.0%} removed, noise {s.sigma_max:g}": seen * (1 - M),
-            "reconstruction (kept: input)": target * (1 - M) + restored * M}  # fmt: skip
-    if model.lambda_denoise and s.sigma_max:
-        gain = (1 - M) / s.sigma_max / 2
-        rows |= {"true noise": noise * gain, "predicted noise": x_hat * gain}
-    draw(path, [(caption, to_bytes(unpatchify(t, p, *x.shape[-2:])), None) for caption, t in rows.items()])
+    p = model.f.patch_size
+    index = torch.arange(min(8, len(images)))
+    crops, rows = next(center_views(images, s.image_size, machine, index))
+    x = augment(crops)  # [N, 3, S, S]
+    e = s.sigma_max * normal((s.seed, "picture", "noise"), rows, *x.shape[1:])
+    noise = uniform((s.seed, "picture", "mask"), rows, math.prod(model.f.grid))
+    ids_keep, ids_restore, M = random_masking(noise, s.mask_ratio)
+    sigma = torch.full_like(x[:, 0, 0, 0], s.sigma_max)
+    x_hat = promote(model.decode(model.f(x + e, ids_keep), ids_restore, sigma))
+
+    kept = 1 - M[..., None]
+    target = patchify(x, p)
+    restored = unnormalize_patches(x_hat, target) if s.norm_pix else x_hat
+    patches = {
+        "input": target,
+        f"{s.mask_ratio:.0%} removed, noise {s.sigma_max:g}": patchify(x + e, p) * kept,
+        "reconstruction (kept: input)": target * kept + restored * (1 - kept),
+    }
+    if s.lam < 1 and s.sigma_max:
+        gain = kept / s.sigma_max / 2
+        patches |= {"true noise": patchify(e, p) * gain, "predicted noise": x_hat * gain}
+    draw_rows(path, [(caption, to_bytes(unpatchify(t, p, *x.shape[-2:])), None) for caption, t in patches.items()])
+
+
+def check_losses(s):
+    """An error where a method has nothing to learn from, or one view to contrast."""
+    contrasts = s.lambda_infonce > 0
+    reconstructs = s.lam * s.mask_ratio > 0
+    denoises = (1 - s.lam) * s.sigma_max > 0
+    need(s.views == 2 or s.views == 1 and not contrasts, f"--views {s.views}: choose 2, or 1 for mae: contrast is between two")
+    need(contrasts or reconstructs or denoises,
+         f"--lambda_infonce {s.lambda_infonce:g} --lam {s.lam:g} --mask_ratio {s.mask_ratio:g} --sigma_max {s.sigma_max:g}: "
+         "no loss is left to learn from")  # fmt: skip
 
 
 def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), {method: (its settings, its model on the CPU)}.
+        settings, machine, train, val (None without labels), {method: (its settings, its model on the CPU)}.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
     methods = s.methods.split(",")
-    if not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
-        raise InputError(f"--methods {s.methods}: choose can, simclr, mae, or several of them joined by commas")
-    usual = vars(Settings()) | (SHAPES if s.data == "shapes" else {})
-    own = {name for row in METHODS.values() for name in row if getattr(s, name) != usual[name]}
-    if len(methods) > 1 and own:
-        raise InputError(f"--{min(own)} belongs to one method: name it instead of --methods {s.methods}")
-    device, parts = start(), {}
+    need(len(METHODS.keys() & methods) == len(methods),
+         f"--methods {s.methods}: choose can, simclr, mae, or several of them joined by commas")  # fmt: skip
+    machine = start_machine(s.precision, s.workers)
+    parts = {}
     for method in methods:
-        mine = replace(s, **row_of(method, s.data)) if len(methods) > 1 else s
-        weights = loss_weights(mine)
-        if mine.views not in (1, 2) or weights[0] and mine.views == 1:
-            raise InputError(f"--views {mine.views}: choose 2, or 1 for mae: contrast is between two")
-        if not weights[0] and not (weights[1] and mine.mask_ratio) and not (weights[2] and mine.sigma_max):
-            given = f"--lambda_infonce {mine.lambda_infonce:g} --lam {mine.lam:g} --mask_ratio {mine.mask_ratio:g}"
-            raise InputError(f"{given} --sigma_max {mine.sigma_max:g}: no loss is left to learn from")
-        torch.manual_seed(s.seed)
-        model = CAN(mine)
-        check_masking(model.f.grid, mine.mask_ratio)
-        if s.init:
-            init_encoder(model.f, s.init)
-        parts[method] = mine, model
+        own = replace(s, **method_row(method, s.data)) if len(methods) > 1 else s
+        check_losses(own)
+        model = new_model(own)
+        check_masking(model.f.grid, own.mask_ratio)
+        parts[method] = own, model
     train, val = load_splits(s.data, val=not s.cost)
-    if s.epoch_images and s.epoch_images < s.batch:
-        raise InputError(f"--epoch_images {s.epoch_images} is less than the batch of {s.batch}")
-    check_batch(s, train, s.batch, s.epochs * (s.epoch_images or len(train)) / len(train))
-    return s, device, train, val, parts
+    epoch_images = s.epoch_images or len(train)
+    check_batch(s, train, s.batch, s.epochs * epoch_images / len(train))
+    need(epoch_images >= s.batch, f"--epoch_images {epoch_images} is less than the batch of {s.batch}")
+    return s, machine, train, val, parts
 
 
 def main(argv):
     """The methods of `--methods` one after the other; the closing table where the data has labels."""
-    s, device, train, val, parts = prepare(argv)
-    run = Run(s, device)
+    s, machine, train, val, parts = prepare(argv)
+    run = open_run(s, machine)
     for method in list(parts):
-        mine, model = parts.pop(method)  # freed after its stage
-        if method in run.finished:  # before the run was resumed: files and row are there
-            continue
-        pretrain(run, method, model.to(device), train, mine)
-        if s.cost:
-            continue
-        if rank() == 0:
-            for name in [method] + ["encoder"] * s.methods.startswith(method):
-                save_encoder(run.folder / f"{name}.pt", model.f)
-            if model.decoder:
-                picture(run.folder / f"{method}.png", model, val or train, device)
+        own, model = parts.pop(method)  # freed after its stage
+        model.to(machine.device)
+        path = run.folder / f"{method}.pt"
+        if method in run.finished:  # before the run was resumed
+            init_encoder(model.f, path)
+        else:
+            pretrain(run, method, model, train, own)
+            if rank() == 0 and not s.cost:
+                save_encoder(path, model.f)
+                if s.methods.startswith(method):
+                    save_encoder(run.folder / "encoder.pt", model.f)
+                if model.decoder:
+                    picture(path.with_suffix(".png"), model, val or train, own, machine)
         if val and method not in run.results:
-            run.report(method, evaluate(model.f, train, val, run) | {"madds/M": multiply_adds(model) / 1e6})
+            madds = multiply_adds(model, own.views) / 1e6
+            run.report(method, evaluate(model.f, train, val, machine) | {"madds/M": madds})
     run.close()
 
 

@@ -25,15 +25,17 @@ Easy to get wrong:
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from common import (
-    Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
-    check_batch, check_masking, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_splits, mae_loss,
-    mlp_head, normalize, parameter_groups, parse_settings, random_masking, rank, reconstruct, save_encoder, start,
-    to_bytes, uniform, warmup_cosine, world,
+    BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, Run, RunSettings, Share, Training, View, Whole, adamw,
+    augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, init_encoder,
+    launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
+    parse_settings, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine, to_bytes, uniform,
+    warmup_cosine, world,
 )  # fmt: skip
 from eval import FineTuning, check_tuning, evaluate, finetune, recipe
 
@@ -43,46 +45,46 @@ class Settings(RunSettings):
     """Defaults are those of 4.1 for every size: ViT-S, ViT-B and ViT-L share one recipe (4.6)."""
 
     model: str = "vit_b16"  # 4.1; vit_s16 and vit_l16 in 4.6
-    methods: str = "cmae"  # "mae" is the same loop without the contrastive part; "mae,cmae" is both, one after the other
-    stem: str = "patch"  # "conv": the hybrid convolutional ViT of 4.1, CMAE*
-    pool: str = "mean"  # of the finished encoder; Eq. 2 and 4 average the patches
+    methods: Literal["cmae", "mae", "mae,cmae"] = "cmae"  # "mae" is the same loop without the contrastive part
+    stem: Literal["patch", "conv"] = "patch"  # "conv": the hybrid convolutional ViT of 4.1, CMAE*
+    pool: Literal["cls", "mean"] = "mean"  # of the finished encoder; Eq. 2 and 4 average the patches
 
     # optimisation: 4.1
-    epochs: float = 1600  # 4.6; 300 in Section 4.4, 800 and 1600 in Table 2
-    batch: int = 4096
-    lr: float = 1.5e-4  # at batch 256
-    warmup_epochs: float = 40
-    weight_decay: float = 0.05
+    epochs: Positive = 1600  # 4.6; 300 in Section 4.4, 800 and 1600 in Table 2
+    batch: BatchSize = 4096
+    lr: Positive = 1.5e-4  # at batch 256
+    warmup_epochs: Number = 40
+    weight_decay: Number = 0.05
 
     # masked autoencoder: 3.1, 3.3, "following MAE"
-    mask_ratio: float = 0.75  # authors' configs: 0.65
-    mask_block: int = 1  # patches; authors' configs: 2, that is, blocks of 2 x 2 patches
+    mask_ratio: Ratio = 0.75  # authors' configs: 0.65
+    mask_block: Count = 1  # patches; authors' configs: 2, that is, blocks of 2 x 2 patches
     norm_pix: bool = True  # 3.3
-    decoder_dim: int = 512  # He et al. Table 1b
-    decoder_depth: int = 8  # He et al. Table 1a
-    decoder_heads: int = 16
-    scale_min: float = 0.2  # of the random crops' area; not printed, the authors' code
+    decoder_dim: Count = 512  # He et al. Table 1b
+    decoder_depth: Whole = 8  # He et al. Table 1a
+    decoder_heads: Count = 16
+    scale_min: Share = 0.2  # of the random crops' area; not printed, the authors' code
 
     # views: 3.2, Table 4b
-    shift: int = 32  # p: r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
+    shift: Whole = 32  # p: r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
     random_crops: bool = False  # two crops of their own instead of one master crop
     color: bool = True  # of the target view
 
     # contrast: 3.1, 3.3, Table 4
-    feature_depth: int = 2  # blocks of the feature decoder, Table 4c; 0: the mean of the visible tokens, no decoder
+    feature_depth: Whole = 2  # blocks of the feature decoder, Table 4c; 0: the mean of the visible tokens, no decoder
     share_decoder: bool = False  # Table 4c: the feature decoder's blocks are the first ones of the pixel decoder
-    target_mask_ratio: float = 0.0  # Table 4e
-    loss: str = "infonce"  # Eq. 7, or "byol" (4.4)
-    temperature: float = 0.07  # Eq. 7
-    lambda_c: float = 1.0  # Eq. 8, Table 4d; the authors' code has 2 * temperature = 0.14 more in L_c: 0.14 is theirs
-    ema: float = 0.996  # mu
-    head_hidden: int = 1536  # not printed, the authors' code
-    head_dim: int = 256
+    target_mask_ratio: Ratio = 0.0  # Table 4e
+    loss: Literal["infonce", "byol"] = "infonce"  # Eq. 7, or 4.4
+    temperature: Positive = 0.07  # Eq. 7
+    lambda_c: Number = 1.0  # Eq. 8, Table 4d; the authors' code has 2 * temperature = 0.14 more in L_c: 0.14 is theirs
+    ema: Fraction = 0.996  # mu
+    head_hidden: Count = 1536  # not printed, the authors' code
+    head_dim: Count = 256
 
     # fine-tuning of the last block, in the closing table: 4.5, He et al. A.1 and Table 9
-    finetune_epochs: float = 100
-    finetune_lr: float = 1e-3  # at batch 256
-    finetune_batch: int = 1024
+    finetune_epochs: Positive = 100
+    finetune_lr: Positive = 1e-3  # at batch 256
+    finetune_batch: Count = 1024
 
 
 # 3.2, "color transfer"; not printed, the authors' code
@@ -98,35 +100,33 @@ SHAPES = dict(
 
 def presets(given):
     """Field values for the flags given: the built-in run."""
-    row = dict(SHAPES) if given.get("data", "shapes") == "shapes" else {}
-    if row and given.get("short"):
-        row |= dict(epochs=4, warmup_epochs=1, finetune_epochs=1)
-    return row
+    if given.get("data", "shapes") != "shapes":
+        return {}
+    short = dict(epochs=4, warmup_epochs=1, finetune_epochs=1) if given.get("short") else {}
+    return SHAPES | short
 
 
 # ---------------------------------------------------------------------------------------------------------- model
 
 
 class Online(nn.Module):
-    """Encoder F_s, pixel decoder G_p, feature decoder G_f, projector and predictor (Figure 3)."""
+    """Encoder F_s, pixel decoder G_p, feature decoder G_f (or None), projector and predictor (Figure 3).
 
-    def __init__(self, s):
+    F_s is a ViT with its width as `dim`, called with (images, ids_keep); both decoders are MAEDecoders.
+    """
+
+    def __init__(self, F_s, G_p, G_f=None, head_hidden=1536, head_dim=256):
         super().__init__()
-        self.F_s = build_vit(s.model, s.image_size, s.pool, stem=s.stem)
-        grid, p, dim = self.F_s.grid, self.F_s.patch_size, self.F_s.dim
-        self.G_p = MAEDecoder(grid, p, dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
-        self.G_f = None
-        if s.feature_depth:
-            self.G_f = MAEDecoder(grid, p, dim, s.decoder_dim, s.feature_depth, s.decoder_heads, out=dim)
-        if s.share_decoder:  # all but the last norm and the output, which have another width
-            self.G_f.decoder_embed, self.G_f.mask_token = self.G_p.decoder_embed, self.G_p.mask_token
-            self.G_f.decoder_blocks = self.G_p.decoder_blocks[: s.feature_depth]
-        self.projector = mlp_head(dim, s.head_hidden, s.head_dim, last_norm=False, eps=1e-6)
-        self.predictor = mlp_head(s.head_dim, s.head_hidden, s.head_dim, last_norm=False, eps=1e-6)
+        self.F_s = F_s
+        self.G_p = G_p
+        self.G_f = G_f
+        self.projector = mlp_head(F_s.dim, head_hidden, head_dim, last_norm=False, eps=1e-6)
+        self.predictor = mlp_head(head_dim, head_hidden, head_dim, last_norm=False, eps=1e-6)
 
     def feature(self, z_s, ids_restore):
         """Eq. 4: y_s [N, D] from the visible tokens z_s [N, 1 + K, D], completed by the feature decoder."""
-        return (z_s[:, 1:] if self.G_f is None else self.G_f(z_s, ids_restore)).mean(1)
+        tokens = self.G_f(z_s, ids_restore) if self.G_f else z_s[:, 1:]
+        return tokens.mean(1)
 
 
 class Target(nn.Module):
@@ -134,16 +134,30 @@ class Target(nn.Module):
 
     def __init__(self, online):
         super().__init__()
-        self.F_t, self.projector = frozen_copy(online.F_s), frozen_copy(online.projector)
+        self.F_t = frozen_copy(online.F_s)
+        self.projector = frozen_copy(online.projector)
 
     def feature(self, x_t, ids_keep):
         """Eq. 2: z_t [N, D], the mean of the last block's patch tokens, before the final norm."""
-        return self.F_t(x_t, ids_keep, blocks=[self.F_t.depth])[0][:, 1:].mean(1)
+        (tokens,) = self.F_t(x_t, ids_keep, blocks=[self.F_t.depth])
+        return tokens[:, 1:].mean(1)
 
     def update(self, online, mu):
         """theta_t ← mu theta_t + (1 − mu) theta_s."""
         ema_update(self.F_t, online.F_s, mu)
         ema_update(self.projector, online.projector, mu)
+
+
+def new_online(s):
+    """The online side of the settings: the feature decoder ends in the encoder's width."""
+    F_s = new_encoder(s, s.pool, stem=s.stem)
+    G_p = new_decoder(F_s, s)
+    G_f = new_decoder(F_s, s, depth=s.feature_depth, out=F_s.dim) if s.feature_depth else None
+    if s.share_decoder:  # all but the last norm and the output, which have another width
+        G_f.decoder_embed = G_p.decoder_embed
+        G_f.mask_token = G_p.mask_token
+        G_f.decoder_blocks = G_p.decoder_blocks[: s.feature_depth]
+    return Online(F_s, G_p, G_f, s.head_hidden, s.head_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------- views
@@ -152,12 +166,11 @@ class Target(nn.Module):
 def pixel_shift(master, size, p, noise):
     """3.2: the online view [0 : w, 0 : h] and the target view [r_w : r_w + w, r_h : r_h + h] of a master crop.
 
-    master [N, 3, size + p, size + p]; noise [N, 2] in [0, 1) gives r_h and r_w in [0, p) for each sample.
+    master [N, 3, size + p, size + p]; noise [N, 2] in [0, 1), on the CPU, gives r_h and r_w in [0, p) for each sample.
     """
-    at = (noise * p).long()[..., None] + torch.arange(size, device=noise.device)  # [N, 2, size]: rows, columns
-    sample = torch.arange(len(master), device=master.device)[:, None, None]
-    I_t = master[sample, :, at[:, 0, :, None], at[:, 1, None, :]]  # [N, size, size, 3]
-    return master[:, :, :size, :size], I_t.permute(0, 3, 1, 2)
+    r = (noise * p).long().tolist()
+    I_t = torch.stack([x[:, r_h : r_h + size, r_w : r_w + size] for x, (r_h, r_w) in zip(master, r)])
+    return master[:, :, :size, :size], I_t
 
 
 def views_of(s):
@@ -166,22 +179,23 @@ def views_of(s):
     return [View(s.image_size, scale)] * 2 if s.random_crops else [View(s.image_size + s.shift, scale)]
 
 
-def make_views(data, s, key, device):
+def make_views(data, s, key):
     """Standardised online and target views (x_s, x_t), both [N, 3, S, S]; colours on x_t alone."""
     if s.random_crops:
         I_s, I_t = data.views
     else:
-        noise = uniform((*key, "shift"), data.rows, 2, device=device)
-        I_s, I_t = pixel_shift(data.views[0], s.image_size, s.shift, noise)
-    return augment(I_s), augment(I_t, COLOUR if s.color else None, uniform((*key, "colour"), data.rows, 13))
+        I_s, I_t = pixel_shift(data.views[0], s.image_size, s.shift, uniform((*key, "shift"), data.rows, 2))
+    colour = COLOUR if s.color else None
+    return augment(I_s), augment(I_t, colour, uniform((*key, "colour"), data.rows, 13))
 
 
-def block_noise(noise, grid, block):
-    """Uniform noise [N, L / block²] → [N, L], alike within blocks of patches, so that `random_masking` removes blocks.
+def block_noise(key, rows, grid, block, device):
+    """Noise of `random_masking` [N, L], alike within blocks of patches, so that it removes blocks (of one patch: patches).
 
     The number of removed patches is that of single ones: where it is no multiple of block², one block goes in part.
     """
-    noise = noise.unflatten(1, (grid[0] // block, grid[1] // block))
+    height, width = grid
+    noise = uniform((*key, "mask"), rows, height // block, width // block, device=device)
     return noise.repeat_interleave(block, 1).repeat_interleave(block, 2).flatten(1)
 
 
@@ -206,8 +220,8 @@ def contrastive_loss(y_p, z_p, temperature, loss="infonce"):
 def pretrain(run, method, online, target, images, lambda_c):
     """Section 3. With lambda_c = 0 it is MAE: one crop an image, and the target side is never computed."""
     s, F_s = run.settings, online.F_s
+    device = run.machine.device
     views = views_of(s) if lambda_c else [View(s.image_size, (s.scale_min, 1.0))]
-    patches = math.prod(F_s.grid)
     optimizer = adamw(parameter_groups(online, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)  # 4.1
     state = dict(online=online, target=target, optimizer=optimizer)
 
@@ -217,7 +231,7 @@ def pretrain(run, method, online, target, images, lambda_c):
         L_r = mae_loss(online.G_p(z_s, ids_restore), x_s, mask, s.norm_pix)  # Eq. 3 and 5, [N]
         if not lambda_c:
             return (), L_r
-        ids_t = random_masking(noise_t, s.target_mask_ratio)[0]  # at ratio 0 all of them
+        ids_t, _, _ = random_masking(noise_t, s.target_mask_ratio)  # at ratio 0 all of them
         return (online.feature(z_s, ids_restore), target.feature(x_t, ids_t)), L_r
 
     def objective(y_s, z_t):
@@ -227,38 +241,41 @@ def pretrain(run, method, online, target, images, lambda_c):
         L_c = contrastive_loss(y_p, z_p, s.temperature, s.loss)
         return lambda_c * L_c, dict(contrast=L_c.detach())  # Eq. 8: `backward` adds L_r
 
-    for data in run.steps(method, images, views, s.batch, s.epochs, state):
-        key = (s.seed, method, run.step)
-        noise = uniform((*key, "mask"), data.rows, patches // s.mask_block**2, device=run.device)
-        noise_s = block_noise(noise, F_s.grid, s.mask_block)
+    training = Training(run, method, state, len(images), s.batch, s.epochs)
+    for data in training.batches(images, views):
+        key = (s.seed, method, training.step)
+        noise_s = block_noise(key, data.rows, F_s.grid, s.mask_block, device)
         if lambda_c:
-            x_s, x_t = make_views(data, s, key, run.device)
-            noise_t = uniform((*key, "target mask"), data.rows, patches, device=run.device)
+            x_s, x_t = make_views(data, s, key)
+            noise_t = uniform((*key, "target mask"), data.rows, math.prod(F_s.grid), device=device)
         else:
             x_s, x_t, noise_t = augment(data.views[0]), None, None
+
+        # in one piece: features, L_r = encode(*inputs); loss = objective(*features)[0] + L_r.mean(); loss.backward()
         inputs = (x_s, x_t, noise_s, noise_t)
-        loss, log = backward(encode, objective if lambda_c else None, inputs, s.micro_batch, run.precision)
-        if run.optimize(optimizer, loss, log, warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch)):
-            if lambda_c:
-                target.update(online, s.ema)
+        loss, aux = backward(encode, objective if lambda_c else None, inputs, s.micro_batch, run.machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * training.per_epoch))
+        taken, log = training.take_step(optimizer, loss, **(aux or {}))
+        if taken and lambda_c:
+            target.update(online, s.ema)
+        training.log(log)
+        training.save_if_due()
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 
 
 @torch.no_grad()
-def picture(path, online, images, s, device):
-    """Eight images: the master crop, both views, what the online encoder sees, the pixel decoder's reconstruction."""
-    n, key = min(8, len(images) // world()) * world(), (s.seed, "picture")  # of which this rank has its part
-    data = next(batches(images, views_of(s), n, 0, 1, s.seed, device, 0, {}))
-    x_s, x_t = make_views(data, s, key, device)
-    noise = uniform((*key, "mask"), data.rows, math.prod(online.F_s.grid) // s.mask_block**2, device=device)
-    noise = block_noise(noise, online.F_s.grid, s.mask_block)
-    masked, restored = reconstruct(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix)
+def picture(path, online, images, s, machine):
+    """Eight images: the master crop, the target view; the online view, what is seen of it, what is made of that."""
+    key = (s.seed, "picture")
+    count = min(8, len(images) // world()) * world()  # of which this rank has its part
+    data = next(batches(images, views_of(s), count, 0, 1, s.seed, machine))
+    x_s, x_t = make_views(data, s, key)
+    noise = block_noise(key, data.rows, online.F_s.grid, s.mask_block, machine.device)
     rows = [] if s.random_crops else [(f"master crop, {s.shift} pixels larger", data.views[0].cpu(), None)]
-    rows += [("online view", to_bytes(x_s), None), ("target view", to_bytes(x_t), None)]
-    rows += [(f"{s.mask_ratio:.0%} removed", to_bytes(masked), None), ("reconstruction", to_bytes(restored), None)]
-    draw(path, rows)
+    rows.append(("target view", to_bytes(x_t), None))
+    draw_rows(path, rows + reconstruction_rows(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix))
 
 
 def last_block(s, dim):
@@ -271,56 +288,50 @@ def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), {method: (Online, Target)}.
+        settings, machine, train, val (None without labels), {method: (Online, Target)}.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
-    methods = s.methods.split(",")
-    if not s.methods or methods != [x for x in ("mae", "cmae") if x in methods]:
-        raise InputError(f"--methods {s.methods}: choose mae, cmae or mae,cmae")
-    for name, choices in dict(stem=("patch", "conv"), pool=("cls", "mean"), loss=("infonce", "byol")).items():
-        if getattr(s, name) not in choices:
-            raise InputError(f"--{name} {getattr(s, name)}: choose {' or '.join(choices)}")
-    if not s.mask_ratio:
-        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
-    if s.share_decoder and not 0 < s.feature_depth <= s.decoder_depth:
-        raise InputError(f"--feature_depth {s.feature_depth}: with --share_decoder choose 1 to {s.decoder_depth}")
-    device = start()
+    need(s.mask_ratio, "--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
+    need(not s.share_decoder or 0 < s.feature_depth <= s.decoder_depth,
+         f"--feature_depth {s.feature_depth}: with --share_decoder choose 1 to {s.decoder_depth}")  # fmt: skip
+    machine = start_machine(s.precision, s.workers)
     models = {}
-    for method in methods:
+    for method in s.methods.split(","):
         torch.manual_seed(s.seed)  # both start alike
-        online = Online(s)
-        online.F_s.checkpoint_blocks = s.checkpoint_blocks
-        if s.init:
-            init_encoder(online.F_s, s.init)
-        models[method] = [m.to(device) for m in (online, Target(online))]
-    side = online.F_s.grid[0]
-    if side % s.mask_block:
-        raise InputError(f"--mask_block {s.mask_block}: expected a divisor of the grid of {side} patches a side")
-    check_masking((side, side), s.mask_ratio, s.target_mask_ratio)
+        online = new_online(s).to(machine.device)
+        models[method] = online, Target(online)
+    F_s = online.F_s
+    side, _ = F_s.grid
+    need(side % s.mask_block == 0, f"--mask_block {s.mask_block}: expected a divisor of the grid of {side} patches a side")
+    check_masking(F_s.grid, s.mask_ratio, s.target_mask_ratio)
     train, val = load_splits(s.data, val=not s.cost)
     check_batch(s, train, s.batch, s.epochs)
     if val:
-        check_tuning(last_block(s, online.F_s.dim), online.F_s)
-        if s.finetune_batch > len(train) or s.finetune_batch % world():
-            what = f"the training set has {len(train)} images, there are {world()} processes"
-            raise InputError(f"--finetune_batch {s.finetune_batch}: {what}")
-    return s, device, train, val, models
+        check_tuning(last_block(s, F_s.dim), F_s)
+        need(s.finetune_batch <= len(train) and s.finetune_batch % world() == 0,
+             f"--finetune_batch {s.finetune_batch}: the training set has {len(train)} images, "
+             f"there are {world()} processes")  # fmt: skip
+    return s, machine, train, val, models
 
 
 def main(argv):
     """The methods of `--methods`, each with its evaluation where the data has labels, and the closing table."""
-    s, device, train, val, models = prepare(argv)
-    run = Run(s, device)
+    s, machine, train, val, models = prepare(argv)
+    run = open_run(s, machine)
     for method, (online, target) in models.items():
-        pretrain(run, method, online, target, train, s.lambda_c if method == "cmae" else 0.0)
-        file = run.folder / ("encoder.pt" if method == list(models)[-1] else f"{method}.pt")
-        if rank() == 0 and not file.exists():
-            save_encoder(file, online.F_s)
+        last = method == list(models)[-1]
+        path = run.folder / ("encoder.pt" if last else f"{method}.pt")
+        if method in run.finished:  # before the run was resumed
+            init_encoder(online.F_s, path)
+        else:
+            pretrain(run, method, online, target, train, s.lambda_c if method == "cmae" else 0.0)
+            if rank() == 0:
+                save_encoder(path, online.F_s)
         if val and method not in run.results:
-            tuned, _ = finetune(online.F_s, train, val, run, last_block(s, online.F_s.dim))
-            run.report(method, evaluate(online.F_s, train, val, run) | dict(finetune=tuned["finetune"]))
+            tuned, _ = finetune(online.F_s, train, val, Run(machine), last_block(s, online.F_s.dim))
+            run.report(method, evaluate(online.F_s, train, val, machine) | dict(finetune=tuned["finetune"]))
     if rank() == 0 and not s.cost:
-        picture(run.folder / "views.png", online, val or train, s, device)
+        picture(run.folder / "views.png", online, val or train, s, machine)
     run.close()
 
 

@@ -1,21 +1,33 @@
-"""What the five papers share: vision transformer, masking, heads, queue, the exact step, data, runs, weights, pictures.
+"""What the five papers share. Read a paper's file first and come here for a name.
 
-Read a paper's file first and come here for a name. The parts, in order:
+The sections stand in the order in which a paper's loop meets them; each begins with what a paper calls:
 
-    distributed · random numbers by key · vision transformer · masked autoencoder · heads, InfoNCE, queue, EMA ·
-    the step · optimisation · data · augmentation · runs · MAE pre-training · weights in and out · pictures
+    model            ViT, build_vit
+    masking, MAE     random_masking, MAEDecoder, mae_loss, reconstruct, pretrain_mae
+    contrast         mlp_head, BatchNorm, info_nce, nt_xent, Queue, ema_update
+    the step         backward, parameter_groups, adamw, warmup_cosine, set_lr
+    random numbers   uniform, normal
+    processes        start_machine, gather, rank, world
+    views, colours   View, Colour, augment
+    data             load_splits, Images, Videos, batches
+    built-in data    shapes, moving_shapes
+    settings         RunSettings, parse_settings, need, check_batch
+    run              open_run, Run, Training (take_step, log, save_if_due)
+    files            save_encoder, load_encoder, init_encoder, launch
+    pictures         draw_rows, draw_curves
 
-Shapes in comments: N samples (of this process), L patches, K kept patches, D width, C classes, S image side, V views.
+Who reads a loop may stop after the random numbers. Shapes in comments: N samples (of this process), L patches, K kept
+patches, D width, C classes, S image side, V views, H heads.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -24,12 +36,14 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -41,148 +55,22 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as v2
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work; the message says what was given, what was expected and what to do."""
+    """Something the user gave cannot work; the message says what was given, what was expected and what to do.
 
-
-# -------------------------------------------------------------------------------------------------------- distributed
-
-
-def start() -> torch.device:
-    """Joins torchrun's process group, or runs alone; returns this process's device."""
-    cuda = torch.cuda.is_available()
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch projection too
-    if "WORLD_SIZE" not in os.environ:
-        return torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
-
-
-def rank() -> int:
-    """This process's number, 0 when alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """Number of processes, 1 when alone."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(*args, **kwargs):
-    """print, on rank 0 only."""
-    if rank() == 0:
-        print(*args, **kwargs, flush=True)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(world() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be others' gradient too
-        dist.all_reduce(grad)  # reduce-scatter would do, but gloo has none
-        return grad.chunk(world())[rank()]
-
-
-def gather(x):
-    """Rows of all ranks in rank order, [n, …] → [world · n, …]; the gradient flows back to the rank that owns a row.
-
-    Detach `x` first to gather without gradient. With a loss that each rank averages over its own rows, the average of
-    the ranks' gradients is the gradient of the loss over the global batch.
-    """
-    return _Gather.apply(x) if world() > 1 else x
-
-
-def average_gradients(parameters):
-    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass.
-
-    All transfers are in flight at once. Not hidden behind the backward pass, which the step with cached feature
-    gradients runs several times.
-    """
-    if world() > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
-            work.wait()
-        torch._foreach_div_(grads, world())
-
-
-class BatchNorm(nn.Module):
-    """BatchNorm1d over the samples of all ranks, on any device (torch's SyncBatchNorm refuses CPUs).
-
-    Input [N, D], or [H, N, D] with `shape=(H, D)` for H heads at once. Every rank must hold the same number of samples.
-    Each rank contributes its mean and its centred square sum, so nothing cancels; statistics are at least float32.
-    Names, defaults and running statistics are BatchNorm1d's.
+    Whatever is wrong with an input raises it, in every function of the project.
     """
 
-    def __init__(self, *shape, eps=1e-5, momentum=0.1, affine=True):
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(shape))
-        self.register_buffer("running_var", torch.ones(shape))
 
-    def forward(self, x):
-        x = promote(x)
-        if self.training:
-            n = x.shape[-2]
-            mean = x.mean(-2)
-            squares = (x - mean.unsqueeze(-2)).square().sum(-2)
-            means, squares = gather(torch.stack([mean, squares])[None]).unbind(1)  # each [world, (H,) D]
-            mean = means.mean(0)
-            var = (squares + n * (means - mean).square()).sum(0) / (n * world())
-            with torch.no_grad():
-                unbiased = var * (n * world() / max(n * world() - 1, 1))
-                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    new = torch.where(new.isfinite(), new.to(running), running)  # a step that is skipped leaves no trace
-                    running.lerp_(new, self.momentum)
-        else:
-            mean, var = self.running_mean, self.running_var
-        x = (x - mean.unsqueeze(-2)) * (var + self.eps).rsqrt().unsqueeze(-2)
-        if self.weight is not None:
-            x = x * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
-        return x
+def need(condition, message):
+    """Raises InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
-# ---------------------------------------------------------------------------------------------- random numbers by key
-
-
-def _mix(z):
-    """The output function of splitmix64 (Steele et al. 2014) on int64, whose products wrap around."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-def uniform(key, rows, *shape, device=None):
-    """Numbers in [0, 1) that depend on `key`, the row and nothing else: [len(rows), *shape], float32, on `device` (by
-    default that of the rows).
-
-    `key` is a tuple such as (seed, step, "mask"); `rows` [N] int64 are positions in the global batch (or indices of
-    samples). Since no generator has a state, 1, 2 or 8 processes, split batches or resumed runs draw the same numbers.
-    """
-    rows = rows.to(device or rows.device, non_blocking=True)
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    golden = -0x61C8864680B583EB
-    row = _mix(rows * golden + int.from_bytes(digest, "little", signed=True))
-    count = torch.arange(1, math.prod(shape) + 1, device=rows.device) * golden
-    bits = _mix(row[:, None] + count) >> 40 & 0xFFFFFF
-    return (bits.float() * 2**-24).view(len(rows), *shape)
-
-
-# ------------------------------------------------------------------------------------------------- vision transformer
+# -------------------------------------------------------------------------------------------------------------- model
 
 # size: (width D, depth, heads); patch size and image size are free. `nano` and `mini` serve small images.
 VIT_SIZES = {
@@ -197,154 +85,21 @@ VIT_SIZES = {
 }
 
 
-def promote(x):
-    """At least float32, for losses and statistics; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def model_size(name):
+    """(size, patch size) of a model's name: ("l", 16) of vit_l16; ("", 0) of a name that is none."""
+    match = re.fullmatch(r"vit_(2b|\D+)([1-9]\d*)", name)
+    return (match[1], int(match[2])) if match else ("", 0)
 
 
-def sincos_positions(dim, height, width):
-    """The fixed table of MAE, [1, 1 + height · width, dim]: zeros for [CLS], then half the channels for the column and
-    half for the row, each sin then cos; computed in float64, returned in float32."""
-    if dim % 4:
-        raise InputError(f"sin-cos positions need a width divisible by 4, not {dim}")
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [p.reshape(-1, 1).double() * omega for p in (column, row)]
-    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
-    return torch.cat([torch.zeros(1, dim), table.float()])[None]
-
-
-def resize_positions(table, old, new):
-    """Position table [1, 1 + h·w, D] of grid old = (h, w), interpolated (bicubic) to the grid `new`; [CLS] stays."""
-    if old == new:
-        return table
-    grid = promote(table[:, 1:]).transpose(1, 2).unflatten(2, old)
-    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table)], 1)
-
-
-def attend(q, k, v):
-    """softmax(q kᵀ / √d) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused kernel
-    is the slower one, for as many samples at a time as have 4 MiB of scores (larger tensors cost page faults)."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
-    few = max(1, 2**22 // (q.element_size() * q.shape[1] * q.shape[2] ** 2))
-    parts = zip(q.split(few), k.split(few), v.split(few))
-    return torch.cat([(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v for q, k, v in parts])
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [N, L, D] → [N, L, D]."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        if dim % heads:
-            raise InputError(f"width {dim} is not divisible by {heads} heads")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [N, heads, L, d]
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Linear-GELU-Linear."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Transformer block, [N, L, D] → [N, L, D]: pre-norm as in MAE, or post-norm as in data2vec 2.0.
-
-    `drop` [N, 2] multiplies the two residual branches (drop path): 0, or 1 / probability of keeping.
-    """
-
-    def __init__(self, dim, heads, post_norm=False, mlp_ratio=4):
-        super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x, drop=None):
-        a, m = (1, 1) if drop is None else drop.to(x.dtype)[:, :, None, None].unbind(1)
-        if self.post_norm:
-            x = self.norm1(x + a * self.attn(x))
-            return self.norm2(x + m * self.mlp(x))
-        x = x + a * self.attn(self.norm1(x))
-        return x + m * self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """Image [N, 3, H, W] → patches [N, L, D] by a convolution whose stride is its kernel."""
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
-
-    def forward(self, x, ids_keep=None):
-        return self.proj(x).flatten(2).transpose(1, 2)  # no patch sees another: removed ones need no care
-
-
-class ConvBlock(nn.Module):
-    """A transformer block with a 5 x 5 convolution, channel by channel, in the place of attention (ConvMAE):
-    [N, h, w, C] → [N, h, w, C]. `hide` zeroes the removed patches of [N, C, h, w]."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.fc = nn.Linear(dim, dim)
-        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, x, hide):
-        a = self.fc(self.norm1(x)).permute(0, 3, 1, 2)
-        x = x + self.proj(self.conv(hide(a)).permute(0, 2, 3, 1))
-        return x + self.mlp(self.norm2(x))
-
-
-class ConvStem(nn.Module):
-    """Image [N, 3, H, W] → patches [N, L, D] by convolutions in three layers (ConvMAE, arXiv 2205.03892; CMAE 4.1).
-
-    Two stages of a strided convolution and two blocks, D/3 and D/2 wide, on grids four times and twice as fine as that
-    of the patches, then a third strided convolution and a linear. About 11 D² parameters, a transformer block has
-    12 D²: `build_vit` leaves one of those out. Removed patches (`ids_keep` [N, K] stay) are zeroed before every
-    convolution, and every norm is of one position: no pixel of theirs reaches a visible patch.
-    """
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        if patch_size % 4:
-            raise InputError(f"a convolutional stem needs a patch size divisible by 4, not {patch_size}")
-        widths, strides = (8 * round(dim / 24), dim // 2, dim), (patch_size // 4, 2, 2)
-        self.down = nn.ModuleList(nn.Conv2d(i, o, k, k) for i, o, k in zip((3, *widths), widths, strides))
-        self.norms = nn.ModuleList(nn.LayerNorm(w, eps=1e-6) for w in widths)
-        self.stages = nn.ModuleList(nn.ModuleList(ConvBlock(w) for _ in range(2)) for w in widths[:2])
-        self.fc = nn.Linear(dim, dim)
-        self.patch_size = patch_size
-
-    def forward(self, x, ids_keep=None):
-        visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
-        if ids_keep is not None:
-            visible = torch.zeros_like(visible).flatten(1).scatter(1, ids_keep, 1.0).view_as(visible)
-        hide = lambda x: x * F.interpolate(visible, x.shape[2:]).to(x.dtype)  # [N, C, h, w], each patch k x k positions
-        for down, norm, blocks in zip(self.down, self.norms, (*self.stages, [])):
-            x = F.gelu(norm(down(hide(x)).permute(0, 2, 3, 1)))  # [N, h, w, C]
-            for block in blocks:
-                x = block(x, hide)
-            x = x.permute(0, 3, 1, 2)
-        return self.fc(x.flatten(2).transpose(1, 2))
+def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch", checkpoint_blocks=False):
+    """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
+    With the stem "conv" it has one block less, and so as many parameters."""
+    size, patch_size = model_size(name)
+    known = ", ".join(VIT_SIZES)
+    need(size in VIT_SIZES, f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
+    dim, depth, heads = VIT_SIZES[size]
+    depth -= stem == "conv"
+    return ViT(image_size, patch_size, dim, depth, heads, post_norm, pool, stem, checkpoint_blocks)
 
 
 class ViT(nn.Module):
@@ -358,21 +113,20 @@ class ViT(nn.Module):
         dim, depth, heads: width, number of blocks, attention heads.
         pool: what `pooled` returns, "cls" or "mean" (of the patch tokens).
         stem: "patch", or "conv" for the hybrid of ConvMAE and CMAE 4.1 (`ConvStem`).
-    Raises:
-        InputError: sizes that do not divide.
+        checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
     """
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls", stem="patch"):
+    def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls", stem="patch",
+                 checkpoint_blocks=False):  # fmt: skip
         super().__init__()
-        if image_size % patch_size:
-            raise InputError(f"image size {image_size} is not divisible by the patch size {patch_size}")
+        need(image_size % patch_size == 0, f"image size {image_size} is not divisible by the patch size {patch_size}")
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
         self.config |= dict(post_norm=post_norm, pool=pool, stem=stem)
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
+        self.checkpoint_blocks = checkpoint_blocks
         self.grid = (image_size // patch_size,) * 2
         self.frozen = 0
-        self.checkpoint_blocks = False  # recompute each block's activations in the backward pass instead of keeping them
-        self.patch_embed = {"patch": PatchEmbed, "conv": ConvStem}[stem](patch_size, dim)
+        self.patch_embed = ConvStem(patch_size, dim) if stem == "conv" else PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
         self.embed_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else nn.Identity()
@@ -387,11 +141,12 @@ class ViT(nn.Module):
         self.requires_grad_(True)
         self.pos_embed.requires_grad_(False)
         self.frozen = blocks
-        if blocks:
-            frozen = [self.patch_embed, self.embed_norm, *self.stack()[:blocks]]
-            for module in frozen + [self.norm] * (blocks >= self.depth):
-                module.requires_grad_(False)
-            self.cls_token.requires_grad_(False)
+        if blocks == 0:
+            return
+        for module in (self.patch_embed, self.embed_norm, *self.stack()[:blocks]):
+            module.requires_grad_(False)
+        self.cls_token.requires_grad_(False)
+        self.norm.requires_grad_(blocks < self.depth)
 
     def stack(self):
         """The blocks, whichever name they are kept under."""
@@ -413,18 +168,21 @@ class ViT(nn.Module):
         Args:
             x: images [N, 3, H, W]; a grid other than the encoder's own gets interpolated positions.
             ids_keep: [N, K] indices of the visible patches, or None for all.
-            drop: drop-path factors [N, depth, 2] (see `drop_path`), or None.
+            drop: drop-path factors [N, depth, 2] (see `Block`), or None.
             blocks: numbers of blocks counted from 1, or None.
         Returns:
             [N, 1 + K, D], [CLS] first; with `blocks` a list of such, in the order given, before the final norm.
         """
-        outputs = {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen == 0):
             x = self.embed(x, ids_keep)
+        outputs = {}
         for i, block in enumerate(self.stack(), 1):
+            block_drop = None if drop is None else drop[:, i - 1]
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
-                inputs = (x, None if drop is None else drop[:, i - 1])
-                x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks else block(*inputs)
+                if self.checkpoint_blocks:
+                    x = checkpoint(block, x, block_drop, use_reentrant=False)
+                else:
+                    x = block(x, block_drop)
             if blocks and i in blocks:
                 outputs[i] = x
         return self.norm(x) if blocks is None else [outputs[b] for b in blocks]
@@ -432,6 +190,140 @@ class ViT(nn.Module):
     def pooled(self, tokens):
         """[N, 1 + K, D] → feature [N, D]: [CLS], or the mean of the patch tokens."""
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
+
+
+class Block(nn.Module):
+    """Transformer block, [N, L, D] → [N, L, D]: pre-norm as in MAE, or post-norm as in data2vec 2.0.
+
+    `drop` [N, 2] multiplies the two residual branches (drop path): 0, or 1 / probability of keeping.
+    """
+
+    def __init__(self, dim, heads, post_norm=False):
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x, drop=None):
+        keep_attn = keep_mlp = 1
+        if drop is not None:
+            keep_attn, keep_mlp = drop.to(x.dtype)[:, :, None, None].unbind(1)
+        if self.post_norm:
+            x = self.norm1(x + keep_attn * self.attn(x))
+            return self.norm2(x + keep_mlp * self.mlp(x))
+        x = x + keep_attn * self.attn(self.norm1(x))
+        return x + keep_mlp * self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [N, L, D] → [N, L, D]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        need(dim % heads == 0, f"width {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [N, heads, L, d]
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attend(q, k, v):
+    """softmax(q kᵀ / √d) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused kernel
+    is the slower one, for as many samples at a time as have 4 MiB of scores (larger tensors cost page faults)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    few = max(1, 2**22 // (q.element_size() * q.shape[1] * q.shape[2] ** 2))
+    parts = []
+    for q, k, v in zip(q.split(few), k.split(few), v.split(few)):
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        parts.append(scores.softmax(-1) @ v)
+    return torch.cat(parts)
+
+
+class Mlp(nn.Module):
+    """Linear-GELU-Linear."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Image [N, 3, H, W] → patches [N, L, D] by a convolution whose stride is its kernel."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x, ids_keep=None):
+        return self.proj(x).flatten(2).transpose(1, 2)  # no patch sees another: removed ones need no care
+
+
+class ConvStem(nn.Module):
+    """Image [N, 3, H, W] → patches [N, L, D] by convolutions in three layers (ConvMAE, arXiv 2205.03892; CMAE 4.1).
+
+    Two stages of a strided convolution and two blocks, D/3 and D/2 wide, on grids four times and twice as fine as that
+    of the patches, then a third strided convolution and a linear. About 11 D² parameters, a transformer block has
+    12 D²: `build_vit` leaves one of those out. Removed patches (`ids_keep` [N, K] stay) are zeroed before every
+    convolution, and every norm is of one position: no pixel of theirs reaches a visible patch.
+    """
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        need(patch_size % 4 == 0, f"a convolutional stem needs a patch size divisible by 4, not {patch_size}")
+        widths = (8 * round(dim / 24), dim // 2, dim)
+        strides = (patch_size // 4, 2, 2)
+        self.down = nn.ModuleList(nn.Conv2d(i, o, k, k) for i, o, k in zip((3, *widths), widths, strides))
+        self.norms = nn.ModuleList(nn.LayerNorm(w, eps=1e-6) for w in widths)
+        self.stages = nn.ModuleList(nn.ModuleList([ConvBlock(w), ConvBlock(w)]) for w in widths[:2])
+        self.fc = nn.Linear(dim, dim)
+        self.patch_size = patch_size
+
+    def forward(self, x, ids_keep=None):
+        visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        if ids_keep is not None:
+            visible = torch.zeros_like(visible).flatten(1).scatter(1, ids_keep, 1.0).view_as(visible)
+        for down, norm, blocks in zip(self.down, self.norms, (*self.stages, [])):
+            x = down(hide_removed(x, visible)).permute(0, 2, 3, 1)  # [N, h, w, C]
+            x = F.gelu(norm(x))
+            for block in blocks:
+                x = block(x, visible)
+            x = x.permute(0, 3, 1, 2)
+        return self.fc(x.flatten(2).transpose(1, 2))
+
+
+class ConvBlock(nn.Module):
+    """A transformer block with a 5 x 5 convolution, channel by channel, in the place of attention (ConvMAE):
+    [N, h, w, C] → [N, h, w, C]; visible [N, 1, rows, columns] is 0 for removed patches."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x, visible):
+        a = self.fc(self.norm1(x)).permute(0, 3, 1, 2)
+        a = self.conv(hide_removed(a, visible)).permute(0, 2, 3, 1)
+        x = x + self.proj(a)
+        return x + self.mlp(self.norm2(x))
+
+
+def hide_removed(x, visible):
+    """Zeroes removed patches of x [N, C, h, w], in which a patch has k x k positions."""
+    return x * F.interpolate(visible, x.shape[2:]).to(x.dtype)
 
 
 def init_weights(module):
@@ -448,29 +340,38 @@ def init_weights(module):
             nn.init.normal_(p, std=0.02)
 
 
-def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch"):
-    """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
-    With the stem "conv" it has one block less, and so as many parameters."""
-    match = re.fullmatch(r"vit_(\D+|2b)([1-9]\d*)", name)
-    if not match or match[1] not in VIT_SIZES:
-        known = ", ".join(VIT_SIZES)
-        raise InputError(f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
-    dim, depth, heads = VIT_SIZES[match[1]]
-    return ViT(image_size, int(match[2]), dim, depth - (stem == "conv"), heads, post_norm, pool, stem)
+def sincos_positions(dim, height, width):
+    """The fixed table of MAE, [1, 1 + height · width, dim]: zeros for [CLS], then half the channels for the column and
+    half for the row, each sin then cos; computed in float64, returned in float32."""
+    need(dim % 4 == 0, f"sin-cos positions need a width divisible by 4, not {dim}")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x = column.reshape(-1, 1).double() * omega
+    y = row.reshape(-1, 1).double() * omega
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
+    return torch.cat([torch.zeros(1, dim), table.float()])[None]
 
 
-def drop_path(rate, noise):
-    """Drop-path factors from uniform noise [N, depth, 2]: the rate grows linearly from 0 to `rate` over the depth."""
-    rates = torch.linspace(0, rate, noise.shape[1], device=noise.device)[:, None]
-    return (noise >= rates) / (1 - rates)
+def resize_positions(table, old, new):
+    """Position table [1, 1 + h·w, D] of grid old = (h, w), interpolated (bicubic) to the grid `new`; [CLS] stays."""
+    if old == new:
+        return table
+    grid = promote(table[:, 1:]).transpose(1, 2).unflatten(2, old)
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table)], 1)
 
 
-# ------------------------------------------------------------------------------------------------- masked autoencoder
+def promote(x):
+    """At least float32, for losses and statistics; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def take(tokens, ids):
     """Rows `ids` [N, K] of tokens [N, L, D] → [N, K, D]."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# -------------------------------------------------------------------------------------------------------- masking, MAE
 
 
 def random_masking(noise, ratio):
@@ -483,18 +384,6 @@ def random_masking(noise, ratio):
     ids_restore = shuffle.argsort(1)
     keep = int(noise.shape[1] * (1 - ratio))
     return shuffle[:, :keep], ids_restore, (ids_restore >= keep).float()
-
-
-def patchify(images, p):
-    """[N, 3, H, W] → [N, L, p·p·3], pixels row by row, colour last."""
-    n, c, h, w = images.shape
-    return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
-
-
-def unpatchify(patches, p, height, width):
-    """[N, L, p·p·3] → [N, 3, height, width]."""
-    x = patches.view(len(patches), height // p, width // p, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
 
 
 class MAEDecoder(nn.Module):
@@ -523,8 +412,9 @@ class MAEDecoder(nn.Module):
         """
         x = self.decoder_embed(tokens)
         removed = ids_restore.shape[1] + 1 - x.shape[1]
-        filled = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(len(x), removed, -1)], 1)  # [N, L, dim]
-        x = torch.cat([x[:, :1], take(filled, ids_restore)], 1) + self.decoder_pos_embed
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
+        patches = take(torch.cat([x[:, 1:], mask_tokens], 1), ids_restore)  # [N, L, dim]
+        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
         if level is not None:  # decoder_embed is linear: what is added before it arrives as its product with the weight
             x = x + F.linear(level, self.decoder_embed.weight)[:, None]
         for block in self.decoder_blocks:
@@ -532,10 +422,10 @@ class MAEDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
-def normalize_patches(patches):
-    """Each patch [.., p·p·3] minus its mean, over its standard deviation (unbiased; 1e-6 inside the root)."""
-    var, mean = torch.var_mean(patches, -1, keepdim=True)
-    return (patches - mean) / (var + 1e-6).sqrt()
+def new_decoder(encoder, s, depth=None, out=None):
+    """The MAEDecoder that a paper's settings want for an encoder; `depth` and `out` other than theirs."""
+    depth = s.decoder_depth if depth is None else depth
+    return MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, depth, s.decoder_heads, out)
 
 
 def mae_loss(pred, images, mask, norm_pix=True):
@@ -548,10 +438,97 @@ def mae_loss(pred, images, mask, norm_pix=True):
     if norm_pix:
         target = normalize_patches(target)
     error = (promote(pred) - target).square().mean(-1)  # [N, L]
-    return (error * mask).sum(1) / mask.sum(1)
+    return masked_mean(error, mask)
 
 
-# ----------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
+def masked_mean(error, mask):
+    """Mean of error [N, L] over the patches whose mask [N, L] is 1: [N]; 0 where there are none."""
+    return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def patchify(images, p):
+    """[N, 3, H, W] → [N, L, p·p·3], pixels row by row, colour last."""
+    n, c, h, w = images.shape
+    return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+
+
+def unpatchify(patches, p, height, width):
+    """[N, L, p·p·3] → [N, 3, height, width]."""
+    x = patches.view(len(patches), height // p, width // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+
+
+def normalize_patches(patches):
+    """Each patch [.., p·p·3] minus its mean, over its standard deviation (unbiased; 1e-6 inside the root)."""
+    var, mean = torch.var_mean(patches, -1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def unnormalize_patches(patches, target):
+    """Normalised patches with the mean and deviation of the true ones; both [.., p·p·3]."""
+    var, mean = torch.var_mean(target, -1, keepdim=True)
+    return patches * (var + 1e-6).sqrt() + mean
+
+
+def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epochs, weight_decay=0.05, mask_ratio=0.75,
+                 norm_pix=True, views=1):  # fmt: skip
+    """MAE pre-training (He et al. 2022): stage "mae" of a run.
+
+    Args:
+        epochs, batch (images of all ranks), lr (at batch 256), warmup_epochs, weight_decay: the recipe.
+        views: views an image, each with a mask of its own (2 in MAE-CT's re-implementation, A.1); the lr does not count
+            them.
+    """
+    s, machine = run.settings, run.machine
+    encoder.freeze(0)
+    groups = parameter_groups(nn.ModuleList([encoder, decoder]), lr * batch / 256, weight_decay)
+    optimizer = adamw(groups, zero=s.zero)
+    state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
+    training = Training(run, "mae", state, len(images), batch, epochs)
+
+    def encode(x, noise):
+        x, noise = x.flatten(0, 1), noise.flatten(0, 1)  # [N · V, …]
+        ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
+        pred = decoder(encoder(x, ids_keep), ids_restore)
+        return (), mae_loss(pred, x, mask, norm_pix).view(-1, views).mean(1)
+
+    for data in training.batches(images, [View(s.image_size)] * views):
+        x = torch.stack([augment(v) for v in data.views], 1)  # [N, V, 3, S, S]
+        key = (s.seed, "mae", training.step, "mask")
+        noise = uniform(key, data.rows, views, math.prod(encoder.grid), device=machine.device)
+        # in one piece: loss = encode(x, noise)[1].mean(); loss.backward()
+        loss, _ = backward(encode, None, (x, noise), s.micro_batch, machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, warmup_epochs * training.per_epoch))
+        _, log = training.take_step(optimizer, loss)
+        training.log(log)
+        training.save_if_due()
+
+
+@torch.no_grad()
+def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
+    """Pictures of a masked autoencoder: x standardised [N, 3, H, W] → (masked input, reconstruction), alike.
+
+    Removed patches are gray in the first; in the second they are the decoder's, visible ones the input's. Predictions of
+    normalised patches get the true patch's mean and deviation back.
+    """
+    ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
+    pred = promote(decoder(encoder(x, ids_keep), ids_restore))
+    target = patchify(x, encoder.patch_size)
+    if norm_pix:
+        pred = unnormalize_patches(pred, target)
+    visible = target * (1 - mask[..., None])
+    restored = visible + pred * mask[..., None]
+    return tuple(unpatchify(patches, encoder.patch_size, *x.shape[-2:]) for patches in (visible, restored))
+
+
+def reconstruction_rows(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
+    """Rows for `draw_rows`: images x, what the encoder sees of them, the decoder's reconstruction."""
+    masked, restored = reconstruct(encoder, decoder, x, noise, mask_ratio, norm_pix)
+    rows = [("input", x), (f"{mask_ratio:.0%} removed", masked), ("reconstruction", restored)]
+    return [(caption, to_bytes(images), None) for caption, images in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ contrast
 
 
 def mlp_head(*dims, last_norm, eps=1e-5):
@@ -561,9 +538,53 @@ def mlp_head(*dims, last_norm, eps=1e-5):
     none, and the last has none in the authors' code. Weights keep PyTorch's default initialisation.
     """
     layers = []
-    for i, o in zip(dims, dims[1:]):
+    for i, o in zip(dims, dims[1:-1]):
         layers += [nn.Linear(i, o, bias=False), BatchNorm(o, eps=eps), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[: -1 if last_norm else -2])
+    layers.append(nn.Linear(*dims[-2:], bias=False))
+    if last_norm:
+        layers.append(BatchNorm(dims[-1], eps=eps))
+    return nn.Sequential(*layers)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm1d over the samples of all ranks, on any device (torch's SyncBatchNorm refuses CPUs).
+
+    Input [N, D], or [H, N, D] with `shape=(H, D)` for H heads at once. Every rank must hold the same number of samples.
+    Each rank contributes its mean and its centred square sum, so nothing cancels; statistics are at least float32.
+    Names, defaults and running statistics are BatchNorm1d's.
+    """
+
+    def __init__(self, *shape, eps=1e-5, affine=True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+
+    def forward(self, x):
+        x = promote(x)
+        mean, var = self.batch_statistics(x) if self.training else (self.running_mean, self.running_var)
+        x = (x - mean.unsqueeze(-2)) * (var + self.eps).rsqrt().unsqueeze(-2)
+        if self.weight is not None:
+            x = x * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
+        return x
+
+    def batch_statistics(self, x):
+        """Mean and (biased) variance of the global batch, [(H,) D]; moves the running ones towards them."""
+        n = x.shape[-2]
+        total = n * world()
+        mean = x.mean(-2)
+        squares = (x - mean.unsqueeze(-2)).square().sum(-2)
+        means, squares = gather(torch.stack([mean, squares])[None]).unbind(1)  # each [world, (H,) D]
+        mean = means.mean(0)
+        var = (squares + n * (means - mean).square()).sum(0) / total
+        with torch.no_grad():
+            unbiased = var * (total / max(total - 1, 1))
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                new = torch.where(new.isfinite(), new.to(running), running)  # a step that is skipped leaves no trace
+                running.lerp_(new, 0.1)
+        return mean, var
 
 
 def normalize(x):
@@ -593,8 +614,9 @@ def nt_xent(z1, z2, temperature):
         z = torch.stack([promote(z1), promote(z2)], 1).flatten(0, 1)  # [2N, d], a sample's views side by side
         logits = z @ gather(z).T / temperature  # [2N, world · 2N]
         own = torch.arange(len(z), device=z.device) + rank() * len(z)
+        partner = own + 1 - 2 * (own % 2)  # rows 2i and 2i + 1 are each other's positive
         logits = logits.scatter(1, own[:, None], -math.inf)
-        return F.cross_entropy(logits, own ^ 1)  # rows 2i and 2i + 1 are each other's positive
+        return F.cross_entropy(logits, partner)
 
 
 class Queue(nn.Module):
@@ -636,7 +658,8 @@ class Queue(nn.Module):
     def push(self, z, index, labels):
         """Writes the rows of all ranks, in rank order, over the oldest entries: z [(H,) N, d], index [N], labels [N]."""
         size = len(self.indices)
-        z, index, labels = (gather(t.detach().contiguous())[-size:] for t in (z.movedim(-2, 0), index, labels))
+        z = gather(z.detach().movedim(-2, 0).contiguous())[-size:]
+        index, labels = gather(index)[-size:], gather(labels)[-size:]
         slots = (self.cursor + torch.arange(len(z), device=z.device)) % size
         self.embeddings[..., slots, :] = z.movedim(0, -2).to(self.embeddings)
         self.indices[slots] = index
@@ -657,12 +680,7 @@ def frozen_copy(module):
     return copy.deepcopy(module).requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------- the step
-
-
-def autocast(device, precision):
-    """Within it, matrix products and convolutions run in bfloat16, if that is the `precision`; float32 changes nothing."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+# ------------------------------------------------------------------------------------------------------------ the step
 
 
 def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
@@ -684,45 +702,51 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     """
     n = len(inputs[0])
     micro_batch = micro_batch or n
-    if n % micro_batch:
-        raise InputError(f"micro-batches of {micro_batch} do not divide {n} samples")
-    pieces = [t.split(micro_batch) if t is not None else [None] * (n // micro_batch) for t in inputs]
-    chunks = list(zip(*pieces))
-    device = inputs[0].device
-    loss, aux = torch.zeros((), device=device), None
+    need(n % micro_batch == 0, f"micro-batches of {micro_batch} do not divide {n} samples")
+    pieces = n // micro_batch
+    precision = autocast(inputs[0].device, precision)
+    if pieces == 1:
+        return backward_whole(encode, objective, inputs, precision)
+    split = [[None] * pieces if t is None else t.split(micro_batch) for t in inputs]
+    return backward_in_pieces(encode, objective, list(zip(*split)), n, precision)
 
-    if len(chunks) == 1:
-        with autocast(device, precision):
-            features, sample_loss = encode(*chunks[0])
-            if objective is not None:
-                loss, aux = objective(*features)
-            if sample_loss is not None:
-                loss = loss + sample_loss.mean()
-        loss.backward()
-        return loss.detach(), aux
 
-    gradients = [()] * len(chunks)
-    if objective is not None:
-        with torch.no_grad():
-            cached = []
-            for chunk in chunks:
-                with autocast(device, precision):
-                    cached.append(encode(*chunk)[0])
-        features = [torch.cat(f).requires_grad_() for f in zip(*cached)]
-        with autocast(device, precision):
+def backward_whole(encode, objective, inputs, precision):
+    """`backward` in one piece."""
+    loss, aux = 0.0, None
+    with precision:
+        features, sample_loss = encode(*inputs)
+        if objective:
+            loss, aux = objective(*features)
+        if sample_loss is not None:
+            loss = loss + sample_loss.mean()
+    loss.backward()
+    return loss.detach(), aux
+
+
+def backward_in_pieces(encode, objective, chunks, n, precision):
+    """`backward` in micro-batches: `chunks` is a list of the inputs of each, n the samples of all."""
+    loss, aux = torch.zeros((), device=chunks[0][0].device), None
+    gradients = [()] * len(chunks)  # of the features of each chunk
+    if objective:
+        with torch.no_grad(), precision:
+            cached = [encode(*chunk)[0] for chunk in chunks]
+        features = [torch.cat(parts).requires_grad_() for parts in zip(*cached)]
+        with precision:
             loss, aux = objective(*features)
         loss.backward()
-        gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]  # None: a target's feature
-        gradients = list(zip(*[g.split(micro_batch) for g in gradients]))
-    loss = loss.detach()
+        loss = loss.detach()
+        of_feature = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]  # None: a target's feature
+        gradients = list(zip(*[g.chunk(len(chunks)) for g in of_feature]))
+
     for chunk, gradient in zip(chunks, gradients):
-        with autocast(device, precision):
+        with precision:
             features, sample_loss = encode(*chunk)
         pairs = list(zip(features, gradient))
         if sample_loss is not None:
             pairs.append((sample_loss, torch.full_like(sample_loss, 1 / n)))
             loss = loss + sample_loss.detach().sum() / n
-        pairs = [(o, g) for o, g in pairs if o.requires_grad]
+        pairs = [(output, g) for output, g in pairs if output.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs))
         elif sample_loss is None:  # a frozen encoder: only the heads learn
@@ -730,7 +754,9 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     return loss, aux
 
 
-# ------------------------------------------------------------------------------------------------------- optimisation
+def autocast(device, precision):
+    """Within it, matrix products and convolutions run in bfloat16, if that is the `precision`; float32 changes nothing."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
@@ -744,14 +770,28 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        power = 0
-        if layer_decay != 1:
-            block = re.match(r"(?:post_)?blocks\.(\d+)\.", name)
-            power = module.depth - int(block[1]) if block else 0 if name.startswith("norm.") else module.depth + 1
-        decay = 0.0 if p.ndim < 2 or p in norms or name.endswith(("bias", "_token")) else weight_decay
+        power = layers_above(name, module.depth) if layer_decay != 1 else 0
+        decays = p.ndim >= 2 and p not in norms and not name.endswith(("bias", "_token"))
+        decay = weight_decay if decays else 0.0
         group = dict(params=[], peak_lr=lr * layer_decay**power, weight_decay=decay)
         groups.setdefault((power, decay), group)["params"].append(p)
     return list(groups.values())
+
+
+def layers_above(name, depth):
+    """How many layers of a ViT lie above the parameter `name`: 0 for the final norm, depth + 1 for the stem."""
+    block = re.match(r"(?:post_)?blocks\.(\d+)\.", name)
+    if block:
+        return depth - int(block[1])
+    return 0 if name.startswith("norm.") else depth + 1
+
+
+def adamw(groups, betas=(0.9, 0.95), zero=False):
+    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share
+    its two moments out among themselves."""
+    if zero and world() > 1:
+        return ZeroOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 class ZeroOptimizer(ZeroRedundancyOptimizer):
@@ -769,586 +809,155 @@ class ZeroOptimizer(ZeroRedundancyOptimizer):
             values["step"] = values["step"].to(p.device)
 
 
-def adamw(groups, betas=(0.9, 0.95), zero=False):
-    """AdamW over groups of `parameter_groups`; `set_lr` must be called before every step. With `zero` the ranks share
-    its two moments out among themselves."""
-    if zero and world() > 1:
-        return ZeroOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in the
-    form that MAE has for linear probes of large batches (CAN, Table 11).
-
-        g ← g + weight_decay · w;  g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
-
-    Vectors (biases, norms), and groups with trust 0, skip the first two. Where ‖w‖ or ‖g‖ is 0 the ratio is 1.
-    """
-
-    def __init__(self, groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = p.grad
-                if p.ndim > 1 and group["trust"]:
-                    g = g + group["weight_decay"] * p
-                    ratio = group["trust"] * p.norm() / g.norm()
-                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.sub_(group["lr"] * m.mul_(group["momentum"]).add_(g))
-
-
 def warmup_cosine(step, steps, warmup, end=0.0):
     """Factor of the peak lr at a step (0 … steps − 1): linear over `warmup` steps, then half a cosine down to `end`."""
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    share = (step - warmup) / max(steps - warmup, 1)
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def set_lr(optimizer, factor):
-    """lr of every group = its peak · factor; returns the largest."""
+    """lr of every group = its peak · factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    return max(group["lr"] for group in optimizer.param_groups)
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------ random numbers
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+
+def uniform(key, rows, *shape, device=None):
+    """Numbers in [0, 1) that depend on `key`, the row and nothing else: [len(rows), *shape], float32, on `device` (by
+    default that of the rows).
+
+    `key` is a tuple such as (seed, step, "mask"); `rows` [N] int64 are positions in the global batch (or indices of
+    samples). Since no generator has a state, 1, 2 or 8 processes, split batches or resumed runs draw the same numbers.
+    """
+    rows = rows.to(device or rows.device, non_blocking=True)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    golden = -0x61C8864680B583EB
+    row = splitmix64(rows * golden + int.from_bytes(digest, "little", signed=True))
+    count = torch.arange(1, math.prod(shape) + 1, device=rows.device) * golden
+    bits = splitmix64(row[:, None] + count) >> 40 & 0xFFFFFF
+    return (bits.float() * 2**-24).view(len(rows), *shape)
+
+
+def normal(key, rows, *shape, device=None):
+    """The same of N(0, 1) (Box and Muller 1958): r cos and r sin of r² = −2 log(1 − u)."""
+    size = math.prod(shape)
+    u, turn = uniform(key, rows, 2, (size + 1) // 2, device=device).unbind(1)
+    r, angle = (-2 * torch.log1p(-u)).sqrt(), 2 * math.pi * turn
+    return torch.cat([r * angle.cos(), r * angle.sin()], 1)[:, :size].unflatten(1, shape)
+
+
+def splitmix64(z):
+    """The output function of splitmix64 (Steele et al. 2014) on int64, whose products wrap around."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
 
 
 @dataclass
-class Images:
-    """An image set: pixels in memory, or files, or a torchvision data set; labels are −1 where there are none."""
+class Machine:
+    """What a program runs on."""
 
-    labels: torch.Tensor  # [N] int64; [N, C] where an image has several (load_voc2007)
-    classes: list
-    pixels: torch.Tensor = None  # [N, 3, H, W] uint8
-    masks: torch.Tensor = None  # [N, H, W] bool, the object's pixels (shapes only)
-    files: np.ndarray = None  # [N] names as bytes: one block of memory, which forked workers share
-    dataset: object = None
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        """What to call image i when it cannot be read."""
-        return f"image {i}" if self.files is None else os.fsdecode(self.files[i])
-
-    def open(self, i):
-        """Image i as an RGB PIL image."""
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[i].permute(1, 2, 0).numpy())
-        return to_rgb(self.dataset[i][0]) if self.files is None else read_image(self.name(i))
-
-    def subset(self, index, classes=None):
-        """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
-        of_images = lambda v: isinstance(v, torch.Tensor | np.ndarray)
-        part = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if of_images(getattr(self, f.name))}
-        if self.dataset is not None:
-            part["dataset"] = torch.utils.data.Subset(self.dataset, index.tolist())
-        if classes is not None:
-            number = torch.full((len(self.classes),), -1)
-            number[[self.classes.index(c) for c in classes]] = torch.arange(len(classes))
-            part |= dict(labels=number[part["labels"]], classes=list(classes))
-        return dataclasses.replace(self, **part)
-
-    def sources(self, index, views, dice):
-        """The RGB image that each of a sample's views is cut from: the same one."""
-        return [self.open(index)] * views
+    device: torch.device
+    precision: torch.dtype = torch.float32  # of autocast
+    workers: int = 0  # decoding processes of this rank
+    unreadable: dict = field(default_factory=dict)  # files that were passed over: {name: how often}
 
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
+def start_machine(precision="auto", workers=-1):
+    """Joins torchrun's processes and returns this one's Machine, for the flags --precision and --workers."""
+    device = start_processes()
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if workers < 0:
+        workers = min(max(cores, 1), 12)
+    if precision == "auto":
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
+    return Machine(device, getattr(torch, precision), workers)
 
 
-@dataclass
-class Videos(Images):
-    """A video set: `pixels` [N, T, 3, H, W] uint8, or `files`: folders of frames, video files, images (of one frame)."""
-
-    motions: torch.Tensor = None  # [N] int64, a second label (moving_shapes only)
-    gap: int = -1  # see sample_frames
-
-    def sources(self, index, views, dice):
-        """The frames of a pair: the first view is cut from the one, the second from the other."""
-        length, read = self.open_clip(index)
-        noise = torch.tensor([[dice.random(), dice.random()]])
-        return [read(frame) for frame in sample_frames(noise, length, self.gap)[0, :views].tolist()]
-
-    def open_clip(self, i):
-        """(number of frames of video i, a function from a frame's number to its RGB image); nothing else is decoded."""
-        if self.pixels is not None:
-            return self.pixels.shape[1], lambda frame: Image.fromarray(self.pixels[i, frame].permute(1, 2, 0).numpy())
-        path = Path(self.name(i))
-        if path.is_dir():  # 2.png comes before 10.png
-            number = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
-            frames = sorted((f for f in os.listdir(path) if Path(f).suffix.lower() in SUFFIXES), key=number)
-            if not frames:
-                raise OSError("no frames")
-            return len(frames), lambda frame: read_image(path / frames[frame])
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            return 1, lambda frame: read_image(path)
-        if not path.is_file():
-            raise OSError("no regular file")
-        from torchcodec.decoders import VideoDecoder
-
-        try:
-            clip = VideoDecoder(str(path), num_ffmpeg_threads=1)
-            length = len(clip)
-        except (RuntimeError, ValueError) as e:
-            raise OSError(f"no readable video ({str(e).splitlines()[0].split(', ')[-1]})") from e
-
-        def read(frame):
-            try:
-                return Image.fromarray(clip[frame].permute(1, 2, 0).numpy())
-            except (RuntimeError, IndexError) as e:
-                raise OSError(f"frame {frame} is not readable ({str(e).splitlines()[0].split(', ')[-1]})") from e
-
-        return length, read
-
-    def stills(self, count):
-        """Images of `count` frames of each video, evenly spread, one video after the other."""
-        labels = self.labels.repeat_interleave(count)
-        if self.pixels is None:
-            return _Stills(labels, self.classes, videos=self, count=count)
-        frames = ((torch.arange(count) + 0.5) * self.pixels.shape[1] / count).long()
-        return Images(labels, self.classes, pixels=self.pixels[:, frames].flatten(0, 1))
+def start_processes():
+    """Joins torchrun's process group, or runs alone; returns this process's device."""
+    cuda = torch.cuda.is_available()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch projection too
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
-@dataclass
-class _Stills(Images):
-    videos: Videos = None
-    count: int = 1
-
-    def name(self, i):
-        return self.videos.name(i // self.count)
-
-    def open(self, i):
-        length, read = self.videos.open_clip(i // self.count)
-        return read(int((i % self.count + 0.5) * length / self.count))
+def has_bfloat16(device):
+    """Whether the device has units for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def sample_frames(noise, length, gap=-1):
-    """Two frames of a video from noise [N, 2]: their numbers [N, 2], from 0 (ViC-MAE 5.3, Table 4).
+def rank():
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
-    gap −1 is distant sampling: one frame from either half. Else the second follows the first within `gap` frames; 0 takes
-    the same frame twice. A video of one frame gives that twice, a short one its last frame.
+
+def world():
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def gather(x):
+    """Rows of all ranks in rank order, [n, …] → [world · n, …]; the gradient flows back to the rank that owns a row.
+
+    Detach `x` first to gather without gradient. With a loss that each rank averages over its own rows, the average of
+    the ranks' gradients is the gradient of the loss over the global batch.
     """
-    if gap < 0:
-        half = length // 2
-        first, second = (noise[:, 0] * max(1, half)).long(), half + (noise[:, 1] * (length - half)).long()
-        return torch.stack([first, second], 1)
-    first = (noise[:, 0] * max(length - gap, 1)).long()
-    second = first + (gap > 0) + (noise[:, 1] * gap).long()
-    return torch.stack([first, second.clamp(max=length - 1)], 1)
+    return Gather.apply(x) if world() > 1 else x
 
 
-def load_images(data, split, labels=True):
-    """A split of a built-in set, a folder, or a torchvision set by name.
+class Gather(torch.autograd.Function):
+    """What `gather` does."""
 
-    Args:
-        data: "shapes"; a folder with train/ and val/ (or test/) of class folders, or any tree of images if `labels` is
-            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
-            noise that stands for ImageNet's 1 281 167 images under --cost.
-        split: "train" or "val".
-        labels: whether class labels are needed.
-    Raises:
-        InputError: no such set, no images, or no class folders where labels are needed.
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(world(), *x.shape)
+        dist.all_gather(list(out.unbind(0)), x.contiguous())
+        return out.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be others' gradient too
+        dist.all_reduce(grad)  # reduce-scatter would do, but gloo has none
+        return grad.chunk(world())[rank()]
+
+
+def average_gradients(parameters):
+    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass.
+
+    All transfers are in flight at once. Not hidden behind the backward pass, which the step with cached feature
+    gradients runs several times.
     """
-    if data == "shapes":
-        return shapes(split)
-    if data == "random":
-        return Images(torch.full((1281167,), -1), [], dataset=_Noise())
-    if os.path.isdir(data):  # Path("") would be this folder
-        return _load_folder(Path(data), split, labels)
-    known = {name.lower(): name for name in torchvision.datasets.__all__}
-    if data.lower() not in known:
-        raise InputError(f"--data {data}: no such folder, and neither 'shapes' nor the name of a torchvision data set")
-    return _load_torchvision(known[data.lower()], split)
+    if world() > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+            work.wait()
+        torch._foreach_div_(grads, world())
 
 
-def load_videos(data, split, labels=False):
-    """A split of a video set.
-
-    Args:
-        data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (or test/) of class folders, a
-            folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
-            own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each folder
-            of images is one video; those that lie in the root itself are stills.
-        split: "train" or "val"; labels: whether class labels are needed.
-    Raises:
-        InputError: no such set, nothing to read, or video files but no torchcodec.
-    """
-    if data == "moving_shapes":
-        return moving_shapes(split)
-    if data == "random":
-        return Videos(load_images(data, split).labels, [])
-    if not os.path.isdir(data):
-        raise InputError(f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
-    root, names = Path(data), ["train"] if split == "train" else ["val", "test"]
-    folder = next((root / n for n in names if (root / n).is_dir()), root)
-    of_class = folder != root
-    if labels and not of_class:
-        raise InputError(f"--data {data}: labels are needed, but there is no train/ and val/ with one folder per class")
-    clips, folders, stills = [], [], []
-    for at, _, found in os.walk(folder, followlinks=True):
-        of_type = lambda suffixes: (os.path.join(at, f) for f in found if os.path.splitext(f)[1].lower() in suffixes)
-        clips += of_type(VIDEO_SUFFIXES)
-        depth = len(Path(os.path.relpath(at, folder)).parts)
-        if depth <= of_class:
-            stills += of_type(SUFFIXES)
-        elif next(of_type(SUFFIXES), None):
-            folders.append(at)
-    files = sorted(clips + folders + stills)
-    if not files:
-        raise InputError(f"--data {data}: no folders of frames, video files or images in {folder}")
-    if clips:
-        try:
-            import torchcodec.decoders  # noqa: F401
-        except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
-            raise InputError(
-                f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg "
-                "(pip install torchcodec); or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
-            ) from e
-    of_file = [os.path.relpath(f, folder).split(os.sep)[0] for f in files]
-    loose = any(os.path.dirname(f) == str(folder) for f in clips + stills)
-    classes = sorted(set(of_file)) if of_class and not loose else []
-    number = {c: i for i, c in enumerate(classes)}
-    kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
-    print0(f"{folder}: {kinds}, " + (f"{len(classes)} classes" if classes else "no labels"))
-    labels = torch.tensor([number.get(c, -1) for c in of_file])
-    return Videos(labels, classes, files=np.array([os.fsencode(f) for f in files]))
-
-
-class _Noise:
-    def __getitem__(self, i):
-        return Image.effect_noise((256, 256), 64), -1
-
-
-def load_splits(data, labels=False, val=True, load=load_images):
-    """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
-    or test/ to evaluate on. `load` is load_images or load_videos.
-
-    Raises:
-        InputError: as load_images; or the two have different classes.
-    """
-    train = load(data, "train", labels)
-    if not val or not train.classes or Path(data).is_dir() and not any((Path(data) / n).is_dir() for n in ("val", "test")):
-        return train, None
-    val = load(data, "val")
-    if val.classes != train.classes:
-        raise InputError(f"--data {data}: training and validation folders have different classes")
-    return train, val
-
-
-def _load_folder(root, split, labels):
-    names = ["train"] if split == "train" else ["val", "test"]
-    folder = next((root / n for n in names if (root / n).is_dir()), root)
-    if folder == root and labels:
-        wanted = " or ".join(f"{n}/" for n in names)
-        raise InputError(f"--data {root}: labels are needed, but there is no {wanted} with one folder per class")
-    walk = os.walk(folder, followlinks=True)
-    files = sorted(os.path.join(at, f) for at, _, names in walk for f in names if Path(f).suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"--data {root}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
-    parts = [os.path.relpath(f, folder).split(os.sep) for f in files]
-    loose = next((f for f, p in zip(files, parts) if len(p) == 1), None)
-    if loose and labels:
-        raise InputError(f"--data {root}: labels are needed, but {loose} lies in no class folder of {folder}")
-    if folder == root or loose:
-        print0(f"{folder} is taken without labels" + (f": {loose} lies in no class folder" if loose else ""))
-        return Images(torch.full((len(files),), -1), [], files=np.array([os.fsencode(f) for f in files]))
-    classes = sorted({p[0] for p in parts})
-    number = {c: i for i, c in enumerate(classes)}
-    labels = torch.tensor([number[p[0]] for p in parts])
-    return Images(labels, classes, files=np.array([os.fsencode(f) for f in files]))
-
-
-# Training and test part of torchvision's sets, where they are not called "train" and "test": all that is not for testing.
-_PARTS = {
-    "DTD": (["train", "val"], ["test"]),  # of the first of its ten splits
-    "Flowers102": (["train", "val"], ["test"]),
-    "FGVCAircraft": (["trainval"], ["test"]),
-    "OxfordIIITPet": (["trainval"], ["test"]),
-}
-# Sets without parts: images a class that are drawn to train and to test on. Caltech101 (without its background class) is
-# tested on the rest, as usual; SUN397's ten published partitions have 50 and 50 as well.
-_DRAWN = {"Caltech101": (30, None), "SUN397": (50, 50)}
-
-
-def _torchvision(name, download=True, **choice):
-    cls = getattr(torchvision.datasets, name)
-    try:
-        if rank() == 0:
-            cls("data", download=download, **choice)
-        if world() > 1:
-            dist.barrier()
-        return cls("data", **choice)
-    except (TypeError, ValueError, RuntimeError, OSError) as e:
-        raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
-
-
-def _load_torchvision(name, split):
-    accepted, train = getattr(torchvision.datasets, name).__init__.__code__.co_varnames, split == "train"
-    if name in _DRAWN:
-        choices = [{}]
-    elif "train" in accepted:
-        choices = [dict(train=train)]
-    else:
-        choices = [dict(split=part) for part in _PARTS.get(name, (["train"], ["test"]))[0 if train else 1]]
-    parts = [_torchvision(name, **choice) for choice in choices]
-    first = parts[0]
-    attribute = next((a for a in ("targets", "labels", "_labels", "y") if hasattr(first, a)), None)
-    if attribute is None:
-        raise InputError(f"--data {name.lower()}: torchvision's {name} has no class labels")
-    labels = torch.cat([torch.as_tensor(getattr(part, attribute)).long() for part in parts])
-    classes = list(getattr(first, "classes", getattr(first, "categories", range(int(labels.max()) + 1))))
-    pixels = getattr(first, "data", None)
-    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
-        pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
-        return Images(labels, classes, pixels=pixels)
-    images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
-    if name not in _DRAWN:
-        return images
-    if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
-        images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
-    return images.subset(_drawn_by_class(images.labels, *_DRAWN[name], train))
-
-
-def _drawn_by_class(labels, train_count, test_count, train):
-    """Indices of `train_count` images of every class, or of `test_count` others (None: all others)."""
-    order = uniform(("split",), torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
-    of_classes = [order[labels[order] == c] for c in labels.unique().tolist()]
-    parts = [i[:train_count] if train else i[train_count:][:test_count] for i in of_classes]
-    return torch.cat(parts).sort().values
-
-
-def load_voc2007(split):
-    """VOC2007's classification task: trainval ("train", 5 011 images) or test (4 952), downloaded to ./data by torchvision.
-
-    Labels [N, 20]: 1 present, 0 absent, −1 where all objects of the class are "difficult", which the task neither trains
-    nor tests on (the devkit's ImageSets/Main).
-
-    Raises:
-        InputError: torchvision could not provide it.
-    """
-    part, lists = "trainval" if split == "train" else "test", Path("data/VOCdevkit/VOC2007/ImageSets/Main")
-    missing = not (lists / f"{part}.txt").is_file()  # torchvision would unpack it every time
-    dataset = _torchvision("VOCDetection", missing, year="2007", image_set=part)
-    classes = sorted(file.stem.removesuffix(f"_{part}") for file in lists.glob(f"*_{part}.txt"))
-    if not classes:
-        raise InputError(f"{lists} has no lists of classes (aeroplane_{part}.txt, …)")
-    meaning = {"1": 1, "-1": 0, "0": -1}
-    flags = [(lists / f"{c}_{part}.txt").read_text().split()[1::2] for c in classes]  # "000005 -1", image by image
-    labels = torch.tensor([[meaning[flag] for flag in column] for column in flags]).T
-    return Images(labels, classes, files=np.array([os.fsencode(file) for file in dataset.images]))
-
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # whatever the name; Pillow's others may start programs
-
-
-def read_image(path):
-    """An image file as an RGB PIL image.
-
-    Raises:
-        OSError: a file that cannot be decoded, or whose header promises more than Pillow's limit of 179 million pixels.
-    """
-    if not os.path.isfile(path):  # to open a named pipe would be to wait for ever
-        raise OSError("no regular file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(image)
-    except Exception as e:  # damaged files raise whatever the decoder trips over
-        raise OSError(str(e) or type(e).__name__) from e
-
-
-def to_rgb(image):
-    """A PIL image as RGB: on white where it is transparent, of an animation the first frame, of 16 bits the upper 8.
-
-    As in torchvision's ImageFolder, EXIF's orientation turns nothing.
-
-    Raises:
-        OSError: 32-bit integers or floats, for which white is not defined.
-    """
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert("RGB") makes all above 255 white
-    if image.mode in ("I", "F"):
-        raise OSError(f"pixels of mode {image.mode} have no white: save it with 8 or 16 bits")
-    if image.has_transparency_data:  # convert("RGB") shows the colours below
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_uint8(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-# Built-in set `shapes`: class name → (outline, pattern), functions of object coordinates u, v (the object fits the unit
-# circle). An outline is negative inside; a pattern chooses between the object's two colours by its sign.
-_BOX = lambda u, v, x, y, w, h: torch.maximum((u - x).abs() - w, (v - y).abs() - h)
-_SIDE = lambda u, v: torch.hypot(u, v) * torch.cos((torch.atan2(v, u) + math.pi / 3) % (2 * math.pi / 3) - math.pi / 3)
-SHAPES = {
-    "striped disc": (lambda u, v: torch.hypot(u, v) - 0.8, lambda u, v: torch.sin(24 * u)),
-    "banded ring": (lambda u, v: (torch.hypot(u, v) - 0.68).abs() - 0.2, lambda u, v: torch.sin(12 * u)),
-    "checkered square": (lambda u, v: _BOX(u, v, 0, 0, 0.7, 0.7), lambda u, v: torch.sin(13 * u) * torch.sin(13 * v)),
-    "target triangle": (lambda u, v: _SIDE(u, v) - 0.5, lambda u, v: torch.sin(18 * torch.hypot(u, v))),
-    "split flower": (
-        lambda u, v: torch.hypot(u, v) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(v, u)),
-        lambda u, v: torch.sin(6 * torch.atan2(v, u)),
-    ),
-    "dotted cross": (
-        lambda u, v: torch.minimum(_BOX(u, v, 0, 0, 0.9, 0.26), _BOX(u, v, 0, 0, 0.26, 0.9)),
-        lambda u, v: torch.sin(18 * u) * torch.sin(18 * v) - 0.4,
-    ),
-    "shaded crescent": (
-        lambda u, v: torch.maximum(torch.hypot(u, v) - 0.9, 0.75 - torch.hypot(u - 0.45, v)),
-        lambda u, v: 2 * u,
-    ),
-    "chevron bars": (
-        lambda u, v: torch.minimum(_BOX(u, v, 0, 0.45, 0.85, 0.22), _BOX(u, v, 0, -0.45, 0.85, 0.22)),
-        lambda u, v: torch.sin(15 * u + 8 * (2.4 * v % 1 - 0.5).abs()),
-    ),
-    "rimmed corner": (
-        lambda u, v: torch.minimum(_BOX(u, v, -0.5, 0, 0.25, 0.85), _BOX(u, v, 0.1, 0.6, 0.75, 0.25)),
-        lambda u, v: 3 * (torch.hypot(u, v) - 0.62),
-    ),
-    "plain dumbbell": (
-        lambda u, v: torch.hypot(u.abs() - 0.5, v) - 0.38,
-        lambda u, v: torch.full_like(u, -2),
-    ),
-}
-
-
-def shapes(split, size=48):
-    """The built-in images: one object of ten classes on a patchwork of five flat, shaded colours.
-
-    The class is the object's outline and pattern; classes i and i + 5 share their hue. Place, size, rotation, shade and
-    background are drawn anew for every image and say nothing of the class. An image depends on (split, index) alone; all
-    is computed in float64, so that machines agree on every byte.
-
-    Args:
-        split: "train" (6000 images) or "val" (2000).
-    Returns:
-        Images of [N, 3, size, size] with labels and the object's masks [N, size, size].
-    """
-    count, cells, part = {"train": 600, "val": 200}[split], 5, 50  # a part's temporaries stay in the cache
-    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    pixels, masks = [], []
-    for index in [i for c in range(10) for i in torch.arange(c, count * 10, 10).split(part)]:
-        draw = iter(uniform(("shapes", split), index, 100).double()[..., None, None].unbind(1))
-        number = lambda low, high: low + (high - low) * next(draw)  # [n, 1, 1]
-
-        # background: each pixel takes the colour of the nearest of `cells` sites, plus a smooth shade
-        sites = [(number(0, size), number(0, size)) for _ in range(cells)]
-        colours = [_rgb(number(0, 1), number(0, 0.7), number(0.15, 1)) for _ in range(cells)]
-        shade = torch.stack([number(-0.1, 0.1) for _ in range(27)], 1).view(-1, 3, 3, 3)
-        image = _patchwork(x, y, sites, colours, shade)  # [n, 3, size, size]
-
-        # object: somewhere within the picture
-        radius, angle = number(15, 20), number(0, 2 * math.pi)
-        cx, cy = (0.8 * radius + (size - 1.6 * radius) * number(0, 1) for _ in range(2))
-        c = index[0].item() % 10
-        image, inside = _paint(image, x, y, c, radius, angle, cx, cy, *_shades(c, number))
-        image = image + 0.1 * (uniform(("shapes", split, "noise"), index, 3, size, size) - 0.5)
-        pixels.append((image.clamp(0, 1) * 255).round().byte())
-        masks.append(inside[:, 0] > 0.5)
-    turns = lambda parts: torch.cat(parts).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)  # classes take turns
-    return Images(torch.arange(count * 10) % 10, list(SHAPES), pixels=turns(pixels), masks=turns(masks))
-
-
-MOTIONS = ["sliding", "circling", "spinning", "swelling", "swinging"]
-
-
-def moving_shapes(split, size=48, frames=12):
-    """The built-in videos: an object of `shapes` that moves, turns and changes its size over a background that moves as
-    well, while the light changes. Its class is the label, the kind of its motion (MOTIONS) a second one.
-
-    Made as `shapes` is: a video depends on (split, index) alone, place, size, rotation, shade, speed, light and background
-    say nothing of the labels.
-
-    Args:
-        split: "train" (1200 videos) or "val" (400).
-    Returns:
-        Videos of [N, frames, 3, size, size] with labels and motions.
-    """
-    count, cells, part, turn = {"train": 120, "val": 40}[split], 14, 8, 2 * math.pi
-    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    t = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None, None]  # [T, 1, 1]
-    pixels = []
-    for index in [i for c in range(10) for i in torch.arange(c, count * 10, 10).split(part)]:
-        draw = iter(uniform(("moving_shapes", split), index, 160).double()[..., None, None, None].unbind(1))
-        number = lambda low, high: low + (high - low) * next(draw)  # [n, 1, 1, 1]
-        each = lambda v: v.expand(-1, frames, 1, 1).flatten(0, 1)  # a value a frame: [n · T, 1, 1]
-        still = lambda low, high: each(number(low, high))
-        kind = index // 10 % 5
-        sliding, circling, spinning, swelling, swinging = ((kind == k).double()[:, None, None, None] for k in range(5))
-
-        # background: a patchwork of four times the picture's area, seen by a camera that pans over it
-        heading, distance = number(0, turn), number(0.5, 0.8) * size
-        pan = [distance * (t - 0.5) * f(heading) for f in (torch.cos, torch.sin)]
-        sites = [tuple(each(number(-size / 2, 1.5 * size) + p) for p in pan) for _ in range(cells)]
-        colours = [_rgb(still(0, 1), still(0, 0.7), still(0.15, 1)) for _ in range(cells)]
-        shade = torch.stack([still(-0.1, 0.1) for _ in range(27)], 1).view(-1, 3, 3, 3)
-        image = _patchwork(x, y, sites, colours, shade)  # [n · T, 3, size, size]
-
-        # object: its motion, and a little of every other
-        sign, phase, speed = number(-1, 1).sign(), number(0, turn), number(0.7, 1)
-        swing = speed * torch.sin(2 * turn * t + phase)
-        radius = number(13, 17) * (1 + number(-0.1, 0.1) * t + 0.5 * swelling * sign * (t - 0.5))
-        angle = number(0, turn) + number(-0.5, 0.5) * t + turn * spinning * sign * 1.5 * speed * t + swinging * swing
-        path = [18 * sliding * speed * (t - 0.5) * f(phase) + 8 * circling * speed * f(turn * sign * t + phase)
-                for f in (torch.cos, torch.sin)]  # fmt: skip
-        path[0] = path[0] + 6 * swinging * swing
-        cx, cy = (size / 2 + number(-5, 5) + number(-3, 3) * (t - 0.5) + p for p in path)
-        c = index[0].item() % 10
-        image, _ = _paint(image, x, y, c, *map(each, (radius, angle, cx, cy)), *_shades(c, still))
-        image = image * each(number(0.75, 1.15) + number(-0.35, 0.35) * t)[:, None]
-        image = image + 0.1 * (uniform(("moving_shapes", split, "noise"), index, frames, 3, size, size).flatten(0, 1) - 0.5)
-        pixels.append((image.clamp(0, 1) * 255).round().byte().unflatten(0, (-1, frames)))
-    pixels = torch.cat(pixels).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)  # classes take turns
-    index = torch.arange(count * 10)
-    return Videos(index % 10, list(SHAPES), pixels=pixels, motions=index // 10 % 5)
-
-
-def _patchwork(x, y, sites, colours, shade):
-    """Each pixel takes the colour [n, 3, 1, 1] of the nearest site (cx, cy), plus a smooth shade [n, 3, 3, 3]."""
-    distances = [(x[:1] - cx).square() + (y[:, :1] - cy).square() for cx, cy in sites]  # [n, 1, size] + [n, size, 1]
-    nearest = torch.stack(distances).argmin(0)  # [n, size, size]
-    palette = torch.stack(colours, 2)[..., 0, 0]  # [n, 3, cells]
-    image = palette.gather(2, nearest.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape)
-    return image + F.interpolate(shade, x.shape, mode="bicubic", align_corners=True)
-
-
-def _shades(c, number):
-    """Two colours of an object of class c, light and dark; classes c and c + 5 share their hue."""
-    hue = c % 5 / 5
-    light = _rgb(hue + number(-0.07, 0.07), number(0.5, 1), number(0.6, 1))
-    return light, _rgb(hue + number(0.03, 0.17), number(0.3, 0.8), number(0.1, 0.4))
-
-
-def _paint(image, x, y, c, radius, angle, cx, cy, light, dark):
-    """Paints objects of class c, turned by an angle, over images [n, 3, size, size]: a soft outline, filled with two
-    colours by the class's pattern. Returns the images and the objects' coverage [n, 1, size, size]."""
-    outline, pattern = list(SHAPES.values())[c]
-    dx, dy = (x - cx) / radius, (y - cy) / radius
-    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-    inside = torch.sigmoid(-2.5 * radius * outline(u, v))[:, None]
-    mix = torch.sigmoid(4 * pattern(u, v))[:, None]
-    return image * (1 - inside) + (light * (1 - mix) + dark * mix) * inside, inside
-
-
-def _rgb(hue, saturation, value):
-    """HSV → RGB for [n, 1, 1] values: [n, 3, 1, 1]."""
-    k = (hue[:, None] * 6 + channels((5, 3, 1), hue.device, hue.dtype)) % 6
-    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+# ------------------------------------------------------------------------------------------------------ views, colours
 
 
 @dataclass
@@ -1358,6 +967,152 @@ class View:
     size: int
     scale: tuple = (0.2, 1.0)
     flip: bool = True
+
+
+@dataclass
+class Colour:
+    """Colour augmentation of one view, BYOL's kinds: strengths and probabilities; zeros do nothing."""
+
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    p_jitter: float = 0.0
+    p_gray: float = 0.0
+    p_blur: float = 0.0
+    sigma: tuple = (0.1, 2.0)  # of the blur, in pixels
+    p_solarize: float = 0.0
+
+
+BYOL = [  # the two views' augmentations, of MAE-CT_aug and of MIM-Refiner's global views
+    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=1.0),
+    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2),
+]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def augment(x, colour=None, noise=None):
+    """uint8 views [N, 3, H, W] → standardised float32 (ImageNet's mean and deviation), colours changed on the way.
+
+    noise [N, 13] in [0, 1), on the CPU: which samples get which operation is known there, so the device never waits.
+    Jitter applies its four operations in an order of each sample's own, then gray, blur, solarize.
+    """
+    x = x.float() / 255
+    if colour:
+        jitter(x, colour, noise[:, :9])
+        gray, blur, solar, amount = noise[:, 9:].unbind(1)
+        sigma = uniform_to(amount, *colour.sigma)
+        change(x, gray < colour.p_gray, grayscale)
+        change(x, blur < colour.p_blur, functools.partial(gaussian_blur, largest=colour.sigma[1]), sigma)
+        change(x, solar < colour.p_solarize, solarize)
+    return standardise(x)
+
+
+def jitter(x, colour, noise):
+    """Colour jitter of some of x [N, 3, H, W], in place; noise [N, 9]: whether, the operations' order, their amounts."""
+    jittered = noise[:, 0] < colour.p_jitter
+    order = noise[:, 1:5].argsort(dim=1, stable=True)
+    for place in range(4):
+        for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            strength = colour.jitter[i]
+            low, high = (-strength, strength) if operation is adjust_hue else (max(0.0, 1 - strength), 1 + strength)
+            if strength:
+                change(x, jittered & (order[:, place] == i), operation, uniform_to(noise[:, 5 + i], low, high))
+
+
+def uniform_to(u, low, high):
+    """Numbers of [0, 1) → [low, high)."""
+    return low + (high - low) * u
+
+
+def change(x, chosen, operation, amount=None):
+    """x[chosen] ← operation(x[chosen], amount[chosen]); chosen and amount [N] are on the CPU: the device never waits."""
+    if not chosen.any():
+        return
+    rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
+    amounts = [] if amount is None else [amount[chosen].to(x.device, non_blocking=True)]
+    x[rows] = operation(x[rows], *amounts)
+
+
+@functools.cache
+def channels(values, device, dtype):
+    """Three constants as [3, 1, 1], copied to the device once: every such copy waits for the device."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
+def standardise(x):
+    """Pixels in [0, 1] → ImageNet's mean and deviation taken out."""
+    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
+
+
+def unstandardise(x):
+    """Standardised images → pixels in [0, 1]."""
+    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
+
+
+# torchvision's operations, but with an amount of its own for each sample of x [N, 3, H, W] in [0, 1]
+
+
+def luma(x):
+    """[N, 1, H, W]."""
+    return (x * channels((0.2989, 0.587, 0.114), x.device, x.dtype)).sum(1, keepdim=True)
+
+
+def grayscale(x):
+    """[N, 3, H, W]."""
+    return luma(x).expand(-1, 3, -1, -1)
+
+
+def solarize(x):
+    """Inverts the upper half of the values."""
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+def blend(x, other, factor):
+    """factor · x + (1 − factor) · other within [0, 1]; factor [N]."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def adjust_brightness(x, factor):
+    """factor [N] from 0 (black); 1 changes nothing."""
+    return blend(x, torch.zeros_like(x), factor)
+
+
+def adjust_contrast(x, factor):
+    """factor [N] from 0 (the mean gray)."""
+    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x, factor):
+    """factor [N] from 0 (gray)."""
+    return blend(x, luma(x), factor)
+
+
+def adjust_hue(x, shift):
+    """shift [N] in turns (−0.5 … 0.5)."""
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    r, g, b = ((high[:, None] - x) / chroma.where(chroma > 0, 1)[:, None]).unbind(1)  # 0 where the channel is the highest
+    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))  # the first of equals, as torchvision
+    hue = (hue / 6 * (chroma > 0) + shift.view(-1, 1, 1)) % 1.0
+    return high[:, None] - chroma[:, None] * hue_distance(hue)
+
+
+def hue_distance(hue):
+    """Of hues in turns, how far each channel lies below the highest, in chromas (HSV → RGB): [N, …] → [N, 3, …]."""
+    k = (hue[:, None] * 6 + channels((5, 3, 1), hue.device, hue.dtype)) % 6
+    return torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma, largest=2.0):
+    """Gaussian blur with a sigma [N] per sample, up to `largest` pixels; the kernel spans a tenth of the side (23 at 224)
+    and at least 3 of the largest sigma either way, borders reflect."""
+    n, c, h, w = x.shape
+    radius = min(max(math.ceil(3 * largest), round(0.05 * min(h, w))), min(h, w) - 1)
+    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # [N · 3, 1, taps]
+    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
+    x = F.conv2d(F.conv2d(x, kernel[:, :, None], groups=n * c), kernel[..., None], groups=n * c)
+    return x.view(n, c, h, w)
 
 
 def crop_box(dice, height, width, scale):
@@ -1393,29 +1148,469 @@ class RandomCrops:
             x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), Image.Resampling.BICUBIC)
             if dice.random() < 0.5 and view.flip:
                 x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            cut.append(_to_uint8(x))
+            cut.append(to_uint8(x))
         return cut
 
 
+def to_uint8(image):
+    """A PIL image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
+
+
+def load_splits(data, labels=False, val=True, load=None, **how):
+    """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
+    or test/ to evaluate on. `load` is load_images or load_videos, `how` what else it takes."""
+    load = load or load_images
+    train = load(data, "train", labels, **how)
+    folder = Path(data)
+    has_val = not folder.is_dir() or (folder / "val").is_dir() or (folder / "test").is_dir()
+    if not (val and train.classes and has_val):
+        return train, None
+    val = load(data, "val", **how)
+    need(val.classes == train.classes, f"--data {data}: training and validation folders have different classes")
+    return train, val
+
+
+def load_images(data, split, labels=True):
+    """A split of a built-in set, a folder, or a torchvision set by name.
+
+    Args:
+        data: "shapes"; a folder with train/ and val/ (or test/) of class folders, or any tree of images if `labels` is
+            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
+            noise that stands for ImageNet's 1 281 167 images under --cost.
+        split: "train" or "val".
+        labels: whether class labels are needed.
+    """
+    if data == "shapes":
+        return shapes(split)
+    if data == "random":
+        return Images(torch.full((1281167,), -1), [], dataset=Noise())
+    if os.path.isdir(data):  # Path("") would be this folder
+        return load_folder(data, split, labels)
+    known = {name.lower(): name for name in torchvision.datasets.__all__}
+    need(data.lower() in known, f"--data {data}: no such folder, and neither 'shapes' nor the name of a torchvision data set")
+    return load_torchvision(known[data.lower()], split)
+
+
+def load_folder(data, split, labels):
+    """`load_images` of a folder."""
+    folder = split_folder(data, split)
+    has_split = folder != Path(data)
+    need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
+    files = find_files(folder, SUFFIXES)
+    need(files, f"--data {data}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
+    loose = next((f for f in files if os.path.dirname(f) == str(folder)), None)
+    need(not (loose and labels), f"--data {data}: labels are needed, but {loose} lies in no class folder of {folder}")
+    if has_split and not loose:
+        return Images(*class_labels(files, folder), files=file_names(files))
+    print0(f"{folder} is taken without labels" + (f": {loose} lies in no class folder" if loose else ""))
+    return Images(torch.full((len(files),), -1), [], files=file_names(files))
+
+
+def split_folder(data, split):
+    """The folder of a split below the folder `data`: train/, or val/ or test/; `data` itself if there is none."""
+    names = ["train"] if split == "train" else ["val", "test"]
+    folders = [Path(data) / name for name in names]
+    return next((folder for folder in folders if folder.is_dir()), Path(data))
+
+
+def find_files(folder, suffixes):
+    """The paths of all files below a folder, sorted, whose name ends in one of the suffixes, in any case."""
+    files = []
+    for path, _, names in os.walk(folder, followlinks=True):
+        files += [os.path.join(path, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
+    return sorted(files)
+
+
+def class_labels(files, folder):
+    """(labels [N], class names) of paths in class folders below `folder`."""
+    start = len(os.path.join(folder, ""))
+    of_file = [file[start:].split(os.sep, 1)[0] for file in files]
+    classes = sorted(set(of_file))
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[name] for name in of_file]), classes
+
+
+def file_names(files):
+    """Paths as an array of bytes: one block of memory, which forked workers share."""
+    return np.array([os.fsencode(file) for file in files])
+
+
 @dataclass
-class CenterCrop:
-    """The evaluation crop: shorter side to size · 256 / 224, then the central square; an image that already has the size
-    stays as it is."""
+class Images:
+    """An image set: pixels in memory, or files, or a torchvision data set; labels are −1 where there are none."""
 
-    size: int
+    labels: torch.Tensor  # [N] int64; [N, C] where an image has several
+    classes: list
+    pixels: torch.Tensor = None  # [N, 3, H, W] uint8
+    masks: torch.Tensor = None  # [N, H, W] bool, the object's pixels (shapes only)
+    files: np.ndarray = None  # [N], see file_names
+    dataset: object = None
 
-    def __call__(self, images, epoch, index):
-        image = images.open(index)
-        if image.size != (self.size, self.size):
-            long = 16 * min(image.size)  # of a line of pixels not all is enlarged
-            image = v2.center_crop(image, [min(image.height, long), min(image.width, long)])
-            image = v2.resize(image, [round(self.size * 256 / 224)], InterpolationMode.BICUBIC)
-            image = v2.center_crop(image, [self.size, self.size])
-        return [_to_uint8(image)]
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """What to call image i when it cannot be read."""
+        return f"image {i}" if self.files is None else os.fsdecode(self.files[i])
+
+    def open(self, i):
+        """Image i as an RGB PIL image."""
+        if self.pixels is not None:
+            return to_pil(self.pixels[i])
+        return read_image(self.name(i)) if self.files is not None else to_rgb(self.dataset[i][0])
+
+    def sources(self, index, views, dice):
+        """The RGB image that each of a sample's views is cut from: the same one."""
+        return [self.open(index)] * views
+
+    def subset(self, index, classes=None):
+        """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
+        part = {k: v[index] for k, v in vars(self).items() if isinstance(v, torch.Tensor | np.ndarray)}
+        if self.dataset is not None:
+            part["dataset"] = torch.utils.data.Subset(self.dataset, index.tolist())
+        if classes is not None:
+            number = torch.full((len(self.classes),), -1)
+            number[[self.classes.index(c) for c in classes]] = torch.arange(len(classes))
+            part |= dict(labels=number[part["labels"]], classes=list(classes))
+        return dataclasses.replace(self, **part)
+
+
+class Noise:
+    """Random images of 256 x 256 pixels."""
+
+    def __getitem__(self, i):
+        return Image.effect_noise((256, 256), 64), -1
+
+
+def to_pil(x):
+    """uint8 [3, H, W] as a PIL image."""
+    return Image.fromarray(x.permute(1, 2, 0).numpy())
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # whatever the name; Pillow's others may start programs
+
+
+def read_image(path):
+    """An image file as an RGB PIL image; an OSError if it cannot be decoded, or if its header promises more than Pillow's
+    limit of 179 million pixels."""
+    if not os.path.isfile(path):  # to open a named pipe would be to wait for ever
+        raise OSError("no regular file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
+    except Exception as e:  # damaged files raise whatever the decoder trips over
+        raise OSError(str(e) or type(e).__name__) from e
+
+
+def to_rgb(image):
+    """A PIL image as RGB: on white where it is transparent, of an animation the first frame, of 16 bits the upper 8.
+
+    As in torchvision's ImageFolder, EXIF's orientation turns nothing. An OSError for 32-bit integers or floats, for which
+    white is not defined.
+    """
+    deep = image.mode == "I" and image.format in ("PNG", "PPM")
+    if deep or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert("RGB") makes all above 255 white
+    if image.mode in ("I", "F"):
+        raise OSError(f"pixels of mode {image.mode} have no white: save it with 8 or 16 bits")
+    if image.has_transparency_data:  # convert("RGB") shows the colours below
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# Training and test part of torchvision's sets, where they are not called "train" and "test": all that is not for testing.
+TORCHVISION_PARTS = {
+    "DTD": (["train", "val"], ["test"]),  # of the first of its ten splits
+    "Flowers102": (["train", "val"], ["test"]),
+    "FGVCAircraft": (["trainval"], ["test"]),
+    "OxfordIIITPet": (["trainval"], ["test"]),
+}
+# Sets without parts: images a class that are drawn to train and to test on. Caltech101 (without its background class) is
+# tested on the rest, as usual; SUN397's ten published partitions have 50 and 50 as well.
+TORCHVISION_DRAWN = {"Caltech101": (30, None), "SUN397": (50, 50)}
+
+
+def load_torchvision(name, split):
+    """`load_images` of a torchvision data set."""
+    accepted = inspect.signature(getattr(torchvision.datasets, name)).parameters
+    if name in TORCHVISION_DRAWN:
+        choices = [{}]
+    elif "train" in accepted:
+        choices = [dict(train=split == "train")]
+    else:
+        train_parts, test_parts = TORCHVISION_PARTS.get(name, (["train"], ["test"]))
+        choices = [dict(split=part) for part in (train_parts if split == "train" else test_parts)]
+    parts = [torchvision_dataset(name, **choice) for choice in choices]
+    first = parts[0]
+    attribute = next((a for a in ("targets", "labels", "_labels", "y") if hasattr(first, a)), None)
+    need(attribute, f"--data {name.lower()}: torchvision's {name} has no class labels")
+    labels = torch.cat([torch.as_tensor(getattr(part, attribute)).long() for part in parts])
+    classes = list(getattr(first, "classes", getattr(first, "categories", range(int(labels.max()) + 1))))
+    pixels = getattr(first, "data", None)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
+        pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
+        return Images(labels, classes, pixels=pixels)
+    images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
+    if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
+        images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
+    if name not in TORCHVISION_DRAWN:
+        return images
+    for_training, for_testing = TORCHVISION_DRAWN[name]
+    if split == "train":
+        return images.subset(draw_per_class(images.labels, ("split",), for_training))
+    return images.subset(draw_per_class(images.labels, ("split",), for_testing, skip=for_training))
+
+
+def torchvision_dataset(name, download=True, **choice):
+    """A data set of torchvision's, downloaded to ./data by rank 0."""
+    cls = getattr(torchvision.datasets, name)
+    try:
+        if rank() == 0:
+            cls("data", download=download, **choice)
+        if world() > 1:
+            dist.barrier()
+        return cls("data", **choice)
+    except (TypeError, ValueError, RuntimeError, OSError) as e:
+        raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
+
+
+def draw_per_class(labels, key, count=None, fraction=None, skip=0):
+    """Indices of images drawn at random by a key of `uniform`, in the order of the set: `count` of every class or a
+    `fraction` of it, behind the `skip` ones that are drawn first; by default all the others. labels [N]."""
+    order = uniform(key, torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
+    kept = []
+    for c in labels.unique().tolist():
+        of_class = order[labels[order] == c][skip:]
+        wanted = count or len(of_class)
+        if fraction:
+            wanted = max(1, round(fraction * len(of_class)))
+        need(wanted <= len(of_class), f"{wanted} images a class are wanted, but class {c} has {len(of_class)}")
+        kept.append(of_class[:wanted])
+    return torch.cat(kept).sort().values
+
+
+def load_videos(data, split, labels=False, gap=-1):
+    """A split of a video set.
+
+    Args:
+        data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (or test/) of class folders, a
+            folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
+            own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each folder
+            of images is one video; those that lie in the root itself are stills.
+        split: "train" or "val"; labels: whether class labels are needed; gap: see sample_frames.
+    """
+    if data == "moving_shapes":
+        return dataclasses.replace(moving_shapes(split), gap=gap)
+    if data == "random":
+        return Videos(load_images(data, split).labels, [], gap=gap)
+    need(os.path.isdir(data), f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
+    folder = split_folder(data, split)
+    has_split = folder != Path(data)
+    need(has_split or not labels, f"--data {data}: labels are needed, but there is no train/ and val/ with one folder per class")
+    clips, images = find_files(folder, VIDEO_SUFFIXES), find_files(folder, SUFFIXES)
+    if clips:
+        need_torchcodec(data, clips)
+    stills_at = 2 if has_split else 1  # how deep in the tree an image is one of its own
+    depth = len(folder.parts)
+    frames = [f for f in images if len(Path(f).parts) - depth > stills_at]
+    folders = sorted({os.path.dirname(f) for f in frames})
+    stills = sorted(set(images) - set(frames))
+    files = sorted(clips + folders + stills)
+    need(files, f"--data {data}: no folders of frames, video files or images in {folder}")
+    number, classes = torch.full((len(files),), -1), []
+    if has_split and not any(os.path.dirname(f) == str(folder) for f in clips + stills):
+        number, classes = class_labels(files, folder)
+    kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
+    print0(f"{folder}: {kinds}, " + (f"{len(classes)} classes" if classes else "no labels"))
+    return Videos(number, classes, files=file_names(files), gap=gap)
+
+
+def need_torchcodec(data, clips):
+    """Raises InputError if video files cannot be decoded here."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
+        raise InputError(
+            f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg "
+            "(pip install torchcodec); or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
+        ) from e
 
 
 @dataclass
-class _Decoded(torch.utils.data.Dataset):
+class Videos(Images):
+    """A video set: `pixels` [N, T, 3, H, W] uint8, or `files`: folders of frames, video files, images (of one frame)."""
+
+    motions: torch.Tensor = None  # [N] int64, a second label (moving_shapes only)
+    gap: int = -1  # see sample_frames
+
+    def sources(self, index, views, dice):
+        """The frames of a pair: the first view is cut from the one, the second from the other."""
+        clip = self.open_clip(index)
+        noise = torch.tensor([[dice.random(), dice.random()]])
+        return [clip.frame(number) for number in sample_frames(noise, clip.length, self.gap)[0, :views].tolist()]
+
+    def open_clip(self, i):
+        """Video i as a Clip."""
+        if self.pixels is not None:
+            return Clip(frames=self.pixels[i])
+        return Clip(Path(self.name(i)))
+
+
+class Clip:
+    """One video, of which only the frames that are asked for are decoded: `length`, and `frame(number)`, an RGB image.
+
+    An OSError says what cannot be read.
+    """
+
+    def __init__(self, path=None, frames=None):
+        self.decoder = None
+        self.frames = frames  # uint8 [T, 3, H, W], or files
+        if path is not None and path.is_dir():
+            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
+            self.frames = [path / name for name in sorted(names, key=natural_key)]
+        elif path is not None and path.suffix.lower() in VIDEO_SUFFIXES:
+            self.decoder = open_video(path)
+        elif path is not None:
+            self.frames = [path]
+        self.length = len(self.decoder or self.frames)
+        if self.length == 0:
+            raise OSError("no frames")
+
+    def frame(self, number):
+        """Frame `number`, counted from 0."""
+        if self.decoder is not None:
+            try:
+                return to_pil(self.decoder[number])
+            except (RuntimeError, IndexError) as e:
+                raise OSError(f"frame {number} is not readable ({torchcodec_reason(e)})") from e
+        frame = self.frames[number]
+        return to_pil(frame) if isinstance(frame, torch.Tensor) else read_image(frame)
+
+
+def open_video(path):
+    """torchcodec's decoder of a video file."""
+    from torchcodec.decoders import VideoDecoder
+
+    if not path.is_file():
+        raise OSError("no regular file")
+    try:
+        decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
+        len(decoder)
+        return decoder
+    except (RuntimeError, ValueError) as e:
+        raise OSError(f"no readable video ({torchcodec_reason(e)})") from e
+
+
+def torchcodec_reason(error):
+    """What went wrong, without the place in torchcodec's source."""
+    return str(error).splitlines()[0].split(", ")[-1]
+
+
+def natural_key(name):
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def sample_frames(noise, length, gap=-1):
+    """Two frames of a video from noise [N, 2]: their numbers [N, 2], from 0 (ViC-MAE 5.3, Table 4).
+
+    gap −1 is distant sampling: one frame from either half. Else the second follows the first within `gap` frames; 0 takes
+    the same frame twice. A video of one frame gives that twice, a short one its last frame.
+    """
+    if gap < 0:
+        half = length // 2
+        first = (noise[:, 0] * max(1, half)).long()
+        second = half + (noise[:, 1] * (length - half)).long()
+    else:
+        first = (noise[:, 0] * max(length - gap, 1)).long()
+        second = first + (gap > 0) + (noise[:, 1] * gap).long()
+    return torch.stack([first, second.clamp(max=length - 1)], 1)
+
+
+class Stills(Images):
+    """Images of `count` frames of each video, evenly spread, one video after the other."""
+
+    def __init__(self, videos, count):
+        super().__init__(videos.labels.repeat_interleave(count), videos.classes)
+        self.videos, self.count = videos, count
+
+    def name(self, i):
+        return self.videos.name(i // self.count)
+
+    def open(self, i):
+        clip = self.videos.open_clip(i // self.count)
+        return clip.frame(int((i % self.count + 0.5) * clip.length / self.count))
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch of n · world samples."""
+
+    views: list  # of [n, 3, S, S] uint8
+    index: torch.Tensor  # [n] dataset indices
+    labels: torch.Tensor  # [n], −1 where there are none
+    rows: torch.Tensor  # [n] positions in the global batch, on the CPU: the rows of `uniform`
+    epoch: int
+
+
+def batches(images, views, batch, first, total, seed, machine):
+    """Batches of random crops (list of View) for the steps first … total − 1, in the order of `shuffled`; `batch` is the
+    global size."""
+    rows = torch.arange(batch // world()) + rank() * (batch // world())
+    order = shuffled(len(images), batch, first, total, seed)
+    labels = images.labels.to(machine.device)
+    for step, (cut, index) in enumerate(decode(images, order, RandomCrops(views, seed), machine), first):
+        yield Batch(cut, index, labels[index], rows, step // (len(images) // batch))
+
+
+def shuffled(count, batch, first, total, seed):
+    """Yields (epoch, indices [batch // world]) of steps first … total − 1. An epoch is a permutation, cut into global batches
+    (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""
+    n, per_epoch = batch // world(), count // batch
+    order = None
+    for step in range(first, total):
+        epoch, part = divmod(step, per_epoch)
+        if order is None or part == 0:
+            order = uniform((seed, epoch, "order"), torch.arange(count), 1)[:, 0].argsort(stable=True)
+        yield epoch, order[part * batch + rank() * n :][:n]
+
+
+def decode(images, order, cut, machine):
+    """Yields (views, index) on the device for each (epoch, index [n]) of `order`: workers open each image once, and
+    cut(images, epoch, index) makes all its views.
+
+    Unreadable images are replaced by the next readable one; each is named once and counted in machine.unreadable.
+    """
+    device = machine.device
+    loader = torch.utils.data.DataLoader(
+        Decoded(images, cut),
+        batch_sampler=([(epoch, i) for i in index.tolist()] for epoch, index in order),
+        num_workers=machine.workers,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
+        pin_memory=device.type == "cuda",
+    )
+    for views, index, bad in loader:
+        if views is None:
+            raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
+        for name, why in bad:
+            if name not in machine.unreadable:
+                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
+            machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
+        yield [v.to(device, non_blocking=True) for v in views], index.to(device, non_blocking=True)
+
+
+@dataclass
+class Decoded(torch.utils.data.Dataset):
     """(epoch, index) → views, the index used, and the names of unreadable files passed over on the way to it."""
 
     images: Images
@@ -1433,203 +1628,287 @@ class _Decoded(torch.utils.data.Dataset):
         return None, index, bad
 
 
-def _collate(items):
+def collate(items):
+    """Samples of `Decoded` as a batch; without views where one of them found none."""
     views, index, bad = zip(*items)
-    bad = [b for names in bad for b in names]
+    bad = list(itertools.chain(*bad))
     if None in views:  # a worker's exception would arrive with its traceback as the message
         return None, None, bad
     return [torch.stack(v) for v in zip(*views)], torch.tensor(index), bad
 
 
-def _worker(_):
+def start_worker(_):
+    """What a worker does first."""
     os.setsid()  # signals to the process group (torchrun, Ctrl-C) are the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends a worker
     torch.set_num_threads(1)
 
 
-def decode(images, order, cut, device, workers, skipped):
-    """Yields (views, index) for each (epoch, index [n]) of `order`: workers decode each image once and cut every view.
+# -------------------------------------------------------------------------------------------------------- built-in data
 
-    Unreadable images are replaced by the next readable one; each is named once and counted in the dict `skipped`.
-    """
-    loader = torch.utils.data.DataLoader(
-        _Decoded(images, cut),
-        batch_sampler=([(epoch, i) for i in index.tolist()] for epoch, index in order),
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_worker,
-        pin_memory=device.type == "cuda",
-    )
-    for views, index, bad in loader:
-        if views is None:
-            raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
-        for name, why in bad:
-            if name not in skipped:
-                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
-            skipped[name] = skipped.get(name, 0) + 1
-        yield [v.to(device, non_blocking=True) for v in views], index.to(device, non_blocking=True)
+# Outlines and patterns of `shapes`, functions of object coordinates u, v (the object fits the unit circle). An outline is
+# negative inside; a pattern chooses between the object's two colours by its sign.
 
 
-@dataclass
-class Batch:
-    """One rank's part of a global batch of n · world samples."""
-
-    views: list  # of [n, 3, S, S] uint8
-    index: torch.Tensor  # [n] dataset indices
-    labels: torch.Tensor  # [n], −1 where there are none
-    rows: torch.Tensor  # [n] positions in the global batch, on the CPU: the rows of `uniform`
-    epoch: int
+def box(u, v, x, y, w, h):
+    """Outline of an upright rectangle around (x, y), 2 w wide and 2 h high."""
+    return torch.maximum((u - x).abs() - w, (v - y).abs() - h)
 
 
-def shuffled(count, batch, start, stop, seed):
-    """Yields (epoch, indices [batch // world]) of steps start … stop − 1. An epoch is a permutation, cut into global batches
-    (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""
-    n, per_epoch, shuffle = batch // world(), count // batch, None
-    for step in range(start, stop):
-        epoch, part = divmod(step, per_epoch)
-        if shuffle is None or part == 0:
-            shuffle = uniform((seed, epoch, "order"), torch.arange(count), 1)[:, 0].argsort(stable=True)
-        yield epoch, shuffle[part * batch + rank() * n :][:n]
+def striped_disc(u, v):
+    """(outline, pattern), like all that follow."""
+    return torch.hypot(u, v) - 0.8, torch.sin(24 * u)
 
 
-def batches(images, views, batch, start, stop, seed, device, workers, skipped):
-    """Batches of steps start … stop − 1, in the order of `shuffled`.
+def banded_ring(u, v):
+    """A ring with bands across."""
+    return (torch.hypot(u, v) - 0.68).abs() - 0.2, torch.sin(12 * u)
+
+
+def checkered_square(u, v):
+    """A square of squares."""
+    return box(u, v, 0, 0, 0.7, 0.7), torch.sin(13 * u) * torch.sin(13 * v)
+
+
+def target_triangle(u, v):
+    """A triangle with rings."""
+    third = 2 * math.pi / 3
+    side = torch.hypot(u, v) * torch.cos((torch.atan2(v, u) + math.pi / 3) % third - math.pi / 3)
+    return side - 0.5, torch.sin(18 * torch.hypot(u, v))
+
+
+def split_flower(u, v):
+    """Five petals, coloured by sectors."""
+    angle = torch.atan2(v, u)
+    return torch.hypot(u, v) - 0.62 - 0.33 * torch.cos(5 * angle), torch.sin(6 * angle)
+
+
+def dotted_cross(u, v):
+    """A cross with dots."""
+    outline = torch.minimum(box(u, v, 0, 0, 0.9, 0.26), box(u, v, 0, 0, 0.26, 0.9))
+    return outline, torch.sin(18 * u) * torch.sin(18 * v) - 0.4
+
+
+def shaded_crescent(u, v):
+    """A crescent, one half in either colour."""
+    return torch.maximum(torch.hypot(u, v) - 0.9, 0.75 - torch.hypot(u - 0.45, v)), 2 * u
+
+
+def chevron_bars(u, v):
+    """Two bars with chevrons."""
+    outline = torch.minimum(box(u, v, 0, 0.45, 0.85, 0.22), box(u, v, 0, -0.45, 0.85, 0.22))
+    return outline, torch.sin(15 * u + 8 * (2.4 * v % 1 - 0.5).abs())
+
+
+def rimmed_corner(u, v):
+    """Two bars at right angles, darker within."""
+    outline = torch.minimum(box(u, v, -0.5, 0, 0.25, 0.85), box(u, v, 0.1, 0.6, 0.75, 0.25))
+    return outline, 3 * (torch.hypot(u, v) - 0.62)
+
+
+def plain_dumbbell(u, v):
+    """Two discs of one colour."""
+    return torch.hypot(u.abs() - 0.5, v) - 0.38, torch.full_like(u, -2)
+
+
+SHAPES = [striped_disc, banded_ring, checkered_square, target_triangle, split_flower, dotted_cross, shaded_crescent,
+          chevron_bars, rimmed_corner, plain_dumbbell]  # fmt: skip
+SHAPE_NAMES = [shape.__name__.replace("_", " ") for shape in SHAPES]
+MOTIONS = ["sliding", "circling", "spinning", "swelling", "swinging"]
+
+
+def shapes(split):
+    """The built-in images: one object of ten classes on a patchwork of five flat, shaded colours.
+
+    The class is the object's outline and pattern; classes i and i + 5 share their hue. Place, size, rotation, shade and
+    background are drawn anew for every image and say nothing of the class. An image depends on (split, index) alone; all
+    is computed in float64, so that machines agree on every byte.
 
     Args:
-        views: list of View; batch: global batch size; skipped: dict that counts unreadable images.
+        split: "train" (6000 images) or "val" (2000).
+    Returns:
+        Images of [N, 3, 48, 48] with labels and the object's masks [N, 48, 48].
     """
-    rows = torch.arange(batch // world()) + rank() * (batch // world())
-    per_epoch = len(images) // batch
-    order = shuffled(len(images), batch, start, stop, seed)
-    source = decode(images, order, RandomCrops(views, seed), device, workers, skipped)
-    labels = images.labels.to(device)
-    for step, (cut, index) in zip(range(start, stop), source):
-        yield Batch(cut, index, labels[index], rows, step // per_epoch)
+    count, size = {"train": 600, "val": 200}[split], 48
+    y, x = pixel_centres(size)
+    pixels, masks = [], []
+    for c, index in class_parts(count, 50):
+        dice = Dice(("shapes", split), index, 100, 2)
+
+        # background: each pixel takes the colour of the nearest of five sites, plus a smooth shade
+        sites = [(dice.between(0, size), dice.between(0, size)) for _ in range(5)]
+        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(5)]
+        image = patchwork(x, y, sites, colours, dice.shade())  # [n, 3, size, size]
+
+        # object: somewhere within the picture
+        radius, angle = dice.between(15, 20), dice.between(0, 2 * math.pi)
+        cx = 0.8 * radius + (size - 1.6 * radius) * dice.between(0, 1)
+        cy = 0.8 * radius + (size - 1.6 * radius) * dice.between(0, 1)
+        image, inside = paint(image, x, y, c, radius, angle, cx, cy, *dice.shades(c))
+        image = image + 0.1 * (uniform(("shapes", split, "noise"), index, 3, size, size) - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().byte())
+        masks.append(inside[:, 0] > 0.5)
+    labels = torch.arange(count * 10) % 10
+    return Images(labels, SHAPE_NAMES, pixels=interleave(pixels, count), masks=interleave(masks, count))
 
 
-# ------------------------------------------------------------------------------------------------------- augmentation
+def moving_shapes(split):
+    """The built-in videos: an object of `shapes` that moves, turns and changes its size over a background that moves as
+    well, while the light changes. Its class is the label, the kind of its motion (MOTIONS) a second one.
 
+    Made as `shapes` is: a video depends on (split, index) alone, place, size, rotation, shade, speed, light and background
+    say nothing of the labels.
 
-@dataclass
-class Colour:
-    """Colour augmentation of one view, BYOL's kinds: strengths and probabilities; zeros do nothing."""
-
-    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
-    p_jitter: float = 0.0
-    p_gray: float = 0.0
-    p_blur: float = 0.0
-    sigma: tuple = (0.1, 2.0)  # of the blur, in pixels
-    p_solarize: float = 0.0
-
-
-BYOL = [  # the two views' augmentations, of MAE-CT_aug and of MIM-Refiner's global views
-    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=1.0),
-    Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2),
-]
-
-
-@functools.cache
-def channels(values, device, dtype):
-    """Three constants as [3, 1, 1], copied to the device once: every such copy waits for the device."""
-    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
-
-
-def standardise(x):
-    """Pixels in [0, 1] → ImageNet's mean and deviation taken out."""
-    return (x - channels(MEAN, x.device, x.dtype)) / channels(STD, x.device, x.dtype)
-
-
-def unstandardise(x):
-    """Standardised images → pixels in [0, 1]."""
-    return (x * channels(STD, x.device, x.dtype) + channels(MEAN, x.device, x.dtype)).clamp(0, 1)
-
-
-def grayscale(x):
-    """[N, 3, H, W] → luma [N, 1, H, W]."""
-    return (x * channels((0.2989, 0.587, 0.114), x.device, x.dtype)).sum(1, keepdim=True)
-
-
-def blend(x, other, factor):
-    """factor · x + (1 − factor) · other within [0, 1]; factor [N]."""
-    factor = factor.view(-1, 1, 1, 1)
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-
-def adjust_brightness(x, factor):
-    """torchvision's adjust_brightness with a factor per sample: x [N, 3, H, W] in [0, 1], factor [N]."""
-    return blend(x, torch.zeros_like(x), factor)
-
-
-def adjust_contrast(x, factor):
-    """torchvision's adjust_contrast with a factor per sample."""
-    return blend(x, grayscale(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x, factor):
-    """torchvision's adjust_saturation with a factor per sample."""
-    return blend(x, grayscale(x), factor)
-
-
-def adjust_hue(x, shift):
-    """torchvision's adjust_hue with a shift per sample, in turns (−0.5 … 0.5)."""
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    r, g, b = ((high[:, None] - x) / chroma.where(chroma > 0, 1)[:, None]).unbind(1)  # 0 where the channel is the highest
-    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))  # the first of equals, as torchvision
-    hue = (hue / 6 * (chroma > 0) + shift.view(-1, 1, 1)) % 1.0
-    # channel n of HSV → RGB: high − chroma · max(0, min(k, 4 − k, 1)), k = (n + 6 · hue) mod 6, n = 5, 3, 1
-    k = (hue[:, None] * 6 + channels((5, 3, 1), x.device, x.dtype)) % 6
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def gaussian_blur(x, sigma, largest=2.0):
-    """Gaussian blur with a sigma [N] per sample, up to `largest` pixels; the kernel spans a tenth of the side (23 at 224)
-    and at least 3 of the largest sigma either way, borders reflect."""
-    n, c, h, w = x.shape
-    radius = min(max(math.ceil(3 * largest), round(0.05 * min(h, w))), min(h, w) - 1)
-    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # [N · 3, 1, taps]
-    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
-    x = F.conv2d(F.conv2d(x, kernel[:, :, None], groups=n * c), kernel[..., None], groups=n * c)
-    return x.view(n, c, h, w)
-
-
-def augment(x, colour=None, noise=None):
-    """uint8 views [N, 3, H, W] → standardised float32 (ImageNet's mean and deviation), colours changed on the way.
-
-    noise [N, 13] in [0, 1), on the CPU: which samples get which operation is known there, so the device never waits.
-    Jitter applies its four operations in an order of each sample's own, then gray, blur, solarize.
+    Args:
+        split: "train" (1200 videos) or "val" (400).
+    Returns:
+        Videos of [N, 12, 3, 48, 48] with labels and motions.
     """
-    x = x.float() / 255
-    if colour:
-        draw = lambda low, high, u: low + (high - low) * u
-        on = lambda rows: rows.nonzero()[:, 0].to(x.device, non_blocking=True)
-        jittered, order = noise[:, 0] < colour.p_jitter, noise[:, 1:5].argsort(dim=1, stable=True)
-        operations = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-        for place in range(4):
-            for i, (operation, strength) in enumerate(zip(operations, colour.jitter)):
-                chosen = jittered & (order[:, place] == i)
-                if strength and chosen.any():
-                    centre = 0 if operation is adjust_hue else 1
-                    low = centre - strength if centre == 0 else max(0.0, 1 - strength)
-                    amount = draw(low, centre + strength, noise[chosen, 5 + i]).to(x.device, non_blocking=True)
-                    rows = on(chosen)
-                    x[rows] = operation(x[rows], amount)
-        gray, blur, solar = (noise[:, 9:12] < torch.tensor([colour.p_gray, colour.p_blur, colour.p_solarize])).T
-        if gray.any():
-            rows = on(gray)
-            x[rows] = grayscale(x[rows]).expand(-1, 3, -1, -1)
-        if blur.any():
-            rows, sigma = on(blur), draw(*colour.sigma, noise[blur, 12]).to(x.device, non_blocking=True)
-            x[rows] = gaussian_blur(x[rows], sigma, colour.sigma[1])
-        if solar.any():
-            rows = on(solar)
-            x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-    return standardise(x)
+    count, size, frames, turn = {"train": 120, "val": 40}[split], 48, 12, 2 * math.pi
+    y, x = pixel_centres(size)
+    t = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None, None]  # [T, 1, 1]
+    pixels = []
+    for c, index in class_parts(count, 8):
+        dice = Dice(("moving_shapes", split), index, 160, 3, frames)
+        kind = (index // 10 % 5)[:, None, None, None]
+
+        # background: a patchwork of four times the picture's area, seen by a camera that pans over it
+        heading, distance = dice.between(0, turn), dice.between(0.5, 0.8) * size
+        pan = [distance * (t - 0.5) * heading.cos(), distance * (t - 0.5) * heading.sin()]
+        sites = []
+        for _ in range(14):
+            sites.append([dice.each_frame(dice.between(-size / 2, 1.5 * size) + p) for p in pan])
+        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(14)]
+        image = patchwork(x, y, sites, colours, dice.shade())  # [n · T, 3, size, size]
+
+        # object: its motion, and a little of every other
+        sign, phase, speed = dice.between(-1, 1).sign(), dice.between(0, turn), dice.between(0.7, 1)
+        sliding, circling, spinning, swelling, swinging = ((kind == k).double() for k in range(5))
+        swing = swinging * speed * torch.sin(2 * turn * t + phase)
+        radius = dice.between(13, 17) * (1 + dice.between(-0.1, 0.1) * t + 0.5 * swelling * sign * (t - 0.5))
+        angle = dice.between(0, turn) + dice.between(-0.5, 0.5) * t + turn * spinning * sign * 1.5 * speed * t + swing
+        slide = 18 * sliding * speed * (t - 0.5)
+        circle = turn * sign * t + phase
+        path_x = slide * phase.cos() + 8 * circling * speed * circle.cos() + 6 * swing
+        path_y = slide * phase.sin() + 8 * circling * speed * circle.sin()
+        cx = size / 2 + dice.between(-5, 5) + dice.between(-3, 3) * (t - 0.5) + path_x
+        cy = size / 2 + dice.between(-5, 5) + dice.between(-3, 3) * (t - 0.5) + path_y
+        moving = [dice.each_frame(v) for v in (radius, angle, cx, cy)]
+        image, _ = paint(image, x, y, c, *moving, *dice.shades(c))
+        image = image * dice.each_frame(dice.between(0.75, 1.15) + dice.between(-0.35, 0.35) * t)[:, None]
+        noise = uniform(("moving_shapes", split, "noise"), index, frames, 3, size, size).flatten(0, 1)
+        image = image + 0.1 * (noise - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().byte().unflatten(0, (-1, frames)))
+    index = torch.arange(count * 10)
+    return Videos(index % 10, SHAPE_NAMES, pixels=interleave(pixels, count), motions=index // 10 % 5)
 
 
-# --------------------------------------------------------------------------------------------------------------- runs
+class Dice:
+    """Random numbers of samples `index` [n], drawn one after the other: the order of the calls is part of the data set.
+
+    Numbers have the shape [n, 1, …] with `ones` ones; with `frames` colours and shades are given once a frame.
+    """
+
+    def __init__(self, key, index, count, ones, frames=0):
+        numbers = uniform(key, index, count).double()
+        self.numbers = iter(numbers.view(*numbers.shape, *[1] * ones).unbind(1))
+        self.frames = frames
+
+    def between(self, low, high):
+        """A number a sample."""
+        return low + (high - low) * next(self.numbers)
+
+    def each_frame(self, v):
+        """A value a frame, [n · T, 1, 1], of numbers [n, 1 or T, 1, 1]."""
+        return v.expand(-1, self.frames, 1, 1).flatten(0, 1) if self.frames else v
+
+    def colour(self, hue, saturation, value):
+        """RGB [n (· T), 3, 1, 1], drawn in HSV; each argument is (low, high)."""
+        h, s, v = (self.each_frame(self.between(*limits)) for limits in (hue, saturation, value))
+        return v[:, None] * (1 - s[:, None] * hue_distance(h))
+
+    def shade(self):
+        """A coarse grid of shades [n (· T), 3, 3, 3]."""
+        return torch.stack([self.each_frame(self.between(-0.1, 0.1)) for _ in range(27)], 1).view(-1, 3, 3, 3)
+
+    def shades(self, c):
+        """Two colours of an object of class c, light and dark; classes c and c + 5 share their hue."""
+        hue = c % 5 / 5
+        light = self.colour((hue - 0.07, hue + 0.07), (0.5, 1), (0.6, 1))
+        return light, self.colour((hue + 0.03, hue + 0.17), (0.3, 0.8), (0.1, 0.4))
+
+
+def pixel_centres(size):
+    """Their coordinates (y, x), [size, size] each."""
+    return torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+
+
+def class_parts(count, part):
+    """Yields (class, indices [part]) of 10 · count samples, class i % 10; a part's temporaries stay in the cache."""
+    for c in range(10):
+        for index in torch.arange(c, count * 10, 10).split(part):
+            yield c, index
+
+
+def interleave(parts, count):
+    """Parts of `class_parts` as a set in which the classes take turns."""
+    return torch.cat(parts).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)
+
+
+def patchwork(x, y, sites, colours, shade):
+    """Each pixel takes the colour [n, 3, 1, 1] of the nearest site (cx, cy), plus a smooth shade [n, 3, 3, 3]."""
+    distances = [(x[:1] - cx).square() + (y[:, :1] - cy).square() for cx, cy in sites]  # [n, 1, size] + [n, size, 1]
+    closest = torch.stack(distances).argmin(0)  # [n, size, size]
+    palette = torch.stack(colours, 2)[..., 0, 0]  # [n, 3, sites]
+    image = palette.gather(2, closest.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape)
+    return image + F.interpolate(shade, x.shape, mode="bicubic", align_corners=True)
+
+
+def paint(image, x, y, c, radius, angle, cx, cy, light, dark):
+    """Paints objects of class c, turned by an angle, over images [n, 3, size, size]: a soft outline, filled with two
+    colours by the class's pattern. Returns the images and the objects' coverage [n, 1, size, size]."""
+    dx, dy = (x - cx) / radius, (y - cy) / radius
+    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+    outline, pattern = SHAPES[c](u, v)
+    inside = torch.sigmoid(-2.5 * radius * outline)[:, None]
+    mix = torch.sigmoid(4 * pattern)[:, None]
+    return image * (1 - inside) + (light * (1 - mix) + dark * mix) * inside, inside
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be: from `low` to `high`, itself excluded where `above` or `below` says so."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value):
+        too_low = value <= self.low if self.above else value < self.low
+        too_high = value >= self.high if self.below else value > self.high
+        return math.isfinite(value) and not too_low and not too_high
+
+    def __str__(self):
+        words = f"{'above' if self.above else 'from'} {self.low:g}"
+        if self.high < math.inf:
+            words += f"{', below' if self.below else ', up to'} {self.high:g}"
+        return words
+
+
+# Types of settings: argparse gets its types and choices from them, `check_value` the ranges.
+Whole = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+BatchSize = Annotated[int, Range(2)]  # alone, a sample has nothing to be told from
+FromMinusOne = Annotated[int, Range(-1)]
+Number = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True)]
+Ratio = Annotated[float, Range(0, 1, below=True)]
 
 
 @dataclass
@@ -1638,16 +1917,16 @@ class RunSettings:
 
     data: str = "shapes"  # a built-in set, a torchvision name, or a folder
     model: str = ""  # see build_vit
-    image_size: int = 224  # pixels
+    image_size: Count = 224  # pixels
     out: str = ""  # run folder; default: a fresh numbered one under runs/
     resume: bool = False  # go on with the run in `out`
     init: str = ""  # encoder file to start from
-    seed: int = 0
-    precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where the hardware has units for it
-    micro_batch: int = 0  # samples of one process at a time; 0: all
-    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
-    workers: int = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
-    save_every: int = 0  # steps between checkpoints; 0: one an epoch
+    seed: Annotated[int, Range(0, 2**63, below=True)] = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has units for it
+    micro_batch: Whole = 0  # samples of one process at a time; 0: all
+    clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
+    workers: FromMinusOne = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
+    save_every: Whole = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in a minute or two
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
     zero: bool = False  # spread AdamW's moments over the processes
@@ -1655,17 +1934,8 @@ class RunSettings:
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are InputErrors."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
-
-
-def comments(*classes):
-    """{field: the comment behind it} of dataclasses, as help texts of the flags."""
-    source = "".join(map(inspect.getsource, classes)).replace("%", "%%")
-    return dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))
+# what changes no result, and may differ when a run is resumed
+FREE_ON_RESUME = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")
 
 
 def parse_settings(cls, presets, argv, description):
@@ -1675,213 +1945,215 @@ def parse_settings(cls, presets, argv, description):
     rest of the command line leads to, explained by the comments of the fields. `presets` gets the given flags as a dict
     and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
     the base, and flags that say otherwise are refused.
-
-    Raises:
-        InputError: an unknown flag or value, or a config.json that is not of this program.
     """
     title = " ".join(description.split("\n\n")[0].split())
     parser = Parser(description=title, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="[the settings of this command line] and what they are")
-    actions, meaning = [], comments(RunSettings, cls)
-    for field in dataclasses.fields(cls):
-        if field.type is bool:
-            actions.append(parser.add_argument(f"--{field.name}", dest=field.name, action="store_true"))
-            parser.add_argument(f"--no_{field.name}", f"--no-{field.name}", dest=field.name, action="store_false")
-        else:
-            actions.append(parser.add_argument(f"--{field.name}", type=field.type, metavar="X"))
+    parser.add_argument("-h", "--help", action="store_true", help="the settings of this command line [in brackets]")
+    meaning = comments(RunSettings) | comments(cls)
+    flags = [add_flag(parser, f.name, f.type, meaning.get(f.name, "")) for f in dataclasses.fields(cls)]
     given = vars(parser.parse_args(argv))
     if given.pop("help", False):
         values = vars(cls(**{**presets(given), **given}))
-        for action in actions:
-            action.help = f"[{values[action.dest]}] {meaning.get(action.dest, '')}".replace("[]", "")
+        for flag in flags:
+            flag.help = f"[{values[flag.dest]}] {flag.help}".replace("[] ", "")
         parser.print_help()
         raise SystemExit(0)
+    if given.get("resume"):
+        return resumed_settings(cls, given)
     if given.get("cost"):
         given.setdefault("data", "random")
-    if not given.get("resume"):
-        settings = check_numbers(cls(**{**presets(given), **given}))
-        if settings.short and settings.data not in ("shapes", "moving_shapes"):
-            raise InputError(f"--short is a length of the built-in runs, not of --data {settings.data}: give --epochs")
-        return settings
-    config = Path(given.get("out", "")) / "config.json"
-    if not given.get("out") or not config.is_file():
-        raise InputError("--resume needs --out DIR with a folder that holds a run")
-    saved = read_json(config, "restore it, or start a new run")
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
-    odd = sorted(types.keys() ^ saved.keys())
-    odd += [k for k, v in saved.items() if k in types and type(v) not in (types[k], {float: int}.get(types[k]))]
-    if odd:
-        what = f"{config} does not fit this program ({', '.join(odd[:4])})"
-        raise InputError(f"{what}: resume with the program and version that wrote it, or start a new run")
-    for key, value in given.items():
-        # what changes no result
-        free = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")
-        if key not in free and saved.get(key) != value:
-            raise InputError(f"--{key} {value} contradicts {config}, which says {saved.get(key)}; leave the flag out")
-    return check_numbers(cls(**{**saved, **given}))
-
-
-# What a number may be, by the name of its setting: the first line that fits.
-LIMITS = (
-    ("workers|gap|blocks", lambda v: v >= -1, "from -1"),
-    ("seed", lambda v: 0 <= v < 2**63, "from 0, below 2^63"),
-    ("batch", lambda v: v >= 2, "from 2"),  # alone, a sample has nothing to be told from
-    ("(projector_)?ema|warmup|lam|lambda_infonce|strength", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    (".*mask_ratio", lambda v: 0 <= v < 1, "from 0, below 1"),
-    (".*(scale|crop)_min|layer_decay", lambda v: 0 < v <= 1, "above 0, up to 1"),
-    ("micro_batch|save_every|local_views|.*warmup_epochs", lambda v: v >= 0, "from 0"),
-    (".*(batch|epochs|lr|temperature|size|dim|hidden|heads)", lambda v: v > 0, "above 0"),
-    (".*(queue|every|views|runs|shots|splits|samples|neighbours)|k|mask_block", lambda v: v > 0, "above 0"),
-    (".*", lambda v: v >= 0, "from 0"),
-)
-
-
-def check_numbers(settings):
-    """The settings (a dataclass or a namespace) again.
-
-    Raises:
-        InputError: a number, alone or in a list, that is not finite or not within LIMITS; a warm-up that outlasts its
-            training.
-    """
-    for name, value in vars(settings).items():
-        allowed, words = next((a, w) for names, a, w in LIMITS if re.fullmatch(names, name))
-        for v in value if isinstance(value, list) else [value]:
-            if type(v) in (int, float) and not (allowed(v) and v < math.inf):
-                raise InputError(f"--{name} {f'{v:g}' if isinstance(v, float) else v}: choose a number {words}")
-        training = name.replace("warmup_", "")
-        if name.endswith("warmup_epochs") and value > getattr(settings, training):
-            raise InputError(f"--{name} {value:g} outlasts --{training} {getattr(settings, training):g}: choose less")
+    settings = check_settings(cls(**{**presets(given), **given}))
+    built_in = settings.data in ("shapes", "moving_shapes")
+    need(built_in or not settings.short,
+         f"--short is a length of the built-in runs, not of --data {settings.data}: give --epochs")  # fmt: skip
     return settings
 
 
-def precision_of(name, device):
-    """The autocast dtype for --precision."""
-    if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    if name not in ("float32", "bfloat16"):
-        raise InputError(f"--precision {name}: choose float32, bfloat16 or auto")
-    return getattr(torch, name)
+def resumed_settings(cls, given):
+    """Settings of the run in --out, and of the given flags, which may not contradict it."""
+    folder = given.get("out", "")
+    config = Path(folder) / "config.json"
+    need(folder and config.is_file(), "--resume needs --out DIR with a folder that holds a run")
+    saved = read_json(config, "restore it, or start a new run")
+    types = {f.name: value_type(f.type) for f in dataclasses.fields(cls)}
+    odd = sorted(types.keys() ^ saved.keys())
+    odd += [name for name in types.keys() & saved.keys() if not fits(saved[name], types[name])]
+    need(not odd, f"{config} does not fit this program ({', '.join(odd[:4])}): "
+                  "resume with the program and version that wrote it, or start a new run")  # fmt: skip
+    for name, value in given.items():
+        need(name in FREE_ON_RESUME or saved.get(name) == value,
+             f"--{name} {value} contradicts {config}, which says {saved.get(name)}; leave the flag out")  # fmt: skip
+    return check_settings(cls(**{**saved, **given}))
 
 
-def workers_of(wanted):
-    """Decoding processes of this rank: as many as wanted, or for −1 one for each core it has, at most 12."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return wanted if wanted >= 0 else min(max(cores, 1), 12)
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+class Switch(argparse.Action):
+    """--name and --no_name (or --no-name) of a bool."""
+
+    def __call__(self, parser, namespace, values, flag):
+        setattr(namespace, self.dest, not flag.startswith(("--no_", "--no-")))
+
+
+def add_flag(parser, name, kind, text, **more):
+    """Adds --name, of one of the types of settings, to a parser; `more` as of add_argument. Returns argparse's action."""
+    text = text.replace("%", "%%")
+    kind = without_none(kind)
+    if kind is bool:
+        return parser.add_argument(f"--{name}", f"--no_{name}", f"--no-{name}", action=Switch, nargs=0, help=text, **more)
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+        more["nargs"] = "+"
+    if get_origin(kind) is Literal:
+        return parser.add_argument(f"--{name}", choices=get_args(kind), help=text, **more)
+    return parser.add_argument(f"--{name}", type=value_type(kind), metavar="X", help=text, **more)
+
+
+def without_none(kind):
+    """X of X | None, which stands for "the recipe's"."""
+    return get_args(kind)[0] if type(None) in get_args(kind) else kind
+
+
+def value_type(kind):
+    """The plain type of a setting's values: int of Whole, str of a Literal."""
+    if get_origin(kind) is Literal:
+        return str
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def fits(value, kind):
+    """Whether a value from a JSON file is of a plain type; whole numbers are floats too."""
+    return type(value) is kind or kind is float and type(value) is int
+
+
+def comments(thing):
+    """{name: the comment behind it} of a dataclass's fields or a function's keyword parameters, written one a line:
+    `    seed: int = 0,  # of all random numbers`."""
+    return dict(re.findall(r"^    (\w+): .*?# (.*)", inspect.getsource(thing), re.M))
+
+
+def check_settings(settings):
+    """A dataclass of settings again; an error for a value that its field's type does not allow, or a warm-up that
+    outlasts its training."""
+    for f in dataclasses.fields(settings):
+        check_value(f.name, getattr(settings, f.name), f.type)
+        if f.name.endswith("warmup_epochs"):
+            training = f.name.replace("warmup_", "")
+            warmup, epochs = getattr(settings, f.name), getattr(settings, training)
+            need(warmup <= epochs, f"--{f.name} {warmup:g} outlasts --{training} {epochs:g}: choose less")
+    return settings
+
+
+def check_value(name, value, kind):
+    """An error if the flag --name may not have this value, or one of these, by its type."""
+    kind = without_none(kind)
+    if value is None:
+        return
+    if get_origin(kind) is list:
+        for one in value:
+            check_value(name, one, get_args(kind)[0])
+    elif get_origin(kind) is Literal:
+        need(value in get_args(kind), f"--{name} {value}: choose from {', '.join(get_args(kind))}")
+    elif get_origin(kind) is Annotated:
+        allowed = get_args(kind)[1]
+        need(value in allowed, f"--{name} {f'{value:g}' if isinstance(value, float) else value}: choose a number {allowed}")
 
 
 def check_batch(settings, images, batch, epochs):
-    """Raises InputError if the global batch does not fit the set, the processes or the micro-batches, or if the epochs
-    are less than a step."""
-    if batch < 1:
-        raise InputError(f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
-    if batch > len(images):
-        raise InputError(f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")
-    if round(epochs * (len(images) // batch)) < 1:
-        raise InputError(f"{epochs:g} epochs of {len(images) // batch} steps are not one step: choose more")
-    if batch % world():
-        raise InputError(f"batch {batch} is not divisible by {world()} processes")
-    if settings.micro_batch and (batch // world()) % settings.micro_batch:
-        raise InputError(f"--micro_batch {settings.micro_batch} does not divide a process's batch of {batch // world()}")
+    """An error if the global batch does not fit the set, the processes or the micro-batches, or if the epochs are less
+    than a step."""
+    need(batch >= 1, f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
+    need(batch <= len(images),
+         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")  # fmt: skip
+    per_epoch = len(images) // batch
+    need(round(epochs * per_epoch) >= 1, f"{epochs:g} epochs of {per_epoch} steps are not one step: choose more")
+    need(batch % world() == 0, f"batch {batch} is not divisible by {world()} processes")
+    share, micro_batch = batch // world(), settings.micro_batch
+    need(not micro_batch or share % micro_batch == 0,
+         f"--micro_batch {micro_batch} does not divide a process's batch of {share}")  # fmt: skip
 
 
 def check_masking(grid, *ratios):
-    """Raises InputError if one of the mask ratios removes all patches of a grid (height, width)."""
+    """An error if one of the mask ratios removes all patches of a grid (height, width)."""
+    patches = math.prod(grid)
     for ratio in ratios:
-        if int(math.prod(grid) * (1 - ratio)) < 1:
-            raise InputError(f"masking {ratio:g} of {math.prod(grid)} patches keeps none: mask less, or smaller ones")
+        need(int(patches * (1 - ratio)) >= 1,
+             f"masking {ratio:g} of {patches} patches keeps none: mask less, or smaller ones")  # fmt: skip
+
+
+def new_encoder(s, pool="cls", **kind):
+    """The encoder that settings ask for, with the weights of --init; `kind` as of build_vit."""
+    encoder = build_vit(s.model, s.image_size, pool, checkpoint_blocks=s.checkpoint_blocks, **kind)
+    if s.init:
+        init_encoder(encoder, s.init)
+    return encoder
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def open_run(settings, machine):
+    """Makes the folder of a run (--out, or a fresh numbered one), or opens it to go on with --resume, and writes config.json."""
+    folder = [str(make_folder(settings))] if rank() == 0 else [""]
+    if world() > 1:
+        dist.broadcast_object_list(folder, device=machine.device)
+    folder = Path(folder[0])
+    run = Run(machine, settings, folder)
+    if rank() == 0 and not settings.resume:
+        config = dataclasses.asdict(settings) | dict(out=str(folder), resume=False)
+        write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+    if world() > 1:
+        dist.barrier()
+        need(settings.cost or (folder / "config.json").exists(),
+             f"rank 0's run folder {folder} is not visible here: put it where all nodes see it")  # fmt: skip
+    if not settings.cost:
+        print0(f"run folder {folder}" + (f", resuming {run.checkpoint['stage']}" if run.checkpoint else ""))
+    return run
+
+
+def make_folder(settings):
+    """The folder of a run; nothing that is there is overwritten."""
+    if settings.cost:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+    folder = Path(settings.out or "runs")
+    try:
+        if settings.out:
+            used = folder.is_dir() and any(folder.iterdir())
+            need(settings.resume or not used,
+                 f"--out {folder} holds a run or other files: add --resume to go on, or choose another")  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        for number in itertools.count(1):
+            folder = Path("runs") / f"{number:03d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as e:
+        raise InputError(f"run folder {folder} cannot be made ({e.strerror}): choose another with --out DIR") from e
 
 
 class Run:
-    """A run's folder and everything around a loop that is not the paper's: resuming, checkpoints, log, progress.
+    """What a program keeps of a run: its folder with results.json and checkpoints, and the stages that are behind it.
 
-        run = Run(settings, device)
-        for batch in run.steps("mae", images, views, batch, epochs, state=dict(encoder=encoder, optimizer=optimizer)):
-            loss, _ = backward(…)
-            run.optimize(optimizer, loss)
-
-    A stage that the folder's checkpoint has behind it yields no steps; the one it stands in continues where it stopped.
-    Whatever a stage changes is in its `state`. After SIGTERM or SIGINT the step in progress is finished and saved.
-
-    Raises:
-        InputError: the folder holds a run and --resume was not given.
+    Without a folder nothing is kept: for trainings that are too short to be stopped.
     """
 
-    def __init__(self, settings, device):
-        self.settings, self.device = settings, device
-        self.precision = precision_of(settings.precision, device)
-        self.workers = workers_of(settings.workers)
-        self.checkpoint, self.finished, self.skipped = None, [], {}
-        self.stage = self.epoch = None
-        self.stop = self.signalled = False
-        self.step = self.bad = 0
-        folder = [settings.out]
-        if rank() == 0:
-            folder = [str(self._folder())]
-        if world() > 1:
-            dist.broadcast_object_list(folder, device=device)
-        self.folder = Path(folder[0])
-        if settings.resume:
-            self.checkpoint = self._read_checkpoint()
-            self.finished = self.checkpoint["finished"] if self.checkpoint else []
-        self.results = self._read_results()
-        if rank() == 0 and not settings.resume:
-            config = dataclasses.asdict(settings) | dict(out=str(self.folder), resume=False)
-            write_atomic(self.folder / "config.json", json.dumps(config, indent=1).encode())
-        if world() > 1:
-            dist.barrier()
-            if not settings.cost and not (self.folder / "config.json").exists():
-                raise InputError(f"rank 0's run folder {self.folder} is not visible here: put it where all nodes see it")
-        if not settings.cost:
-            print0(f"run folder {self.folder}" + (f", resuming {self.checkpoint['stage']}" if self.checkpoint else ""))
-
-    def _folder(self):
-        if self.settings.cost:
-            self.scratch = tempfile.TemporaryDirectory()  # gone with the run
-            return Path(self.scratch.name)
-        try:
-            if self.settings.out:
-                folder = Path(self.settings.out)
-                if not self.settings.resume and folder.is_dir() and any(folder.iterdir()):
-                    what = f"--out {folder} holds a run or other files"
-                    raise InputError(f"{what}: add --resume to go on, or choose another")
-                folder.mkdir(parents=True, exist_ok=True)
-                return folder
-            for number in itertools.count(1):
-                folder = Path("runs") / f"{number:03d}"
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir(parents=True)
-                    return folder
-        except OSError as e:
-            raise InputError(f"run folder {folder} cannot be made ({e.strerror}): choose another with --out DIR") from e
-
-    def _read_checkpoint(self):
-        """The newest checkpoint, None before the first. A kill amid `_save`'s two renamings leaves previous.pt alone.
-
-        Raises:
-            InputError: it is damaged; the one before it is offered.
-        """
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        path = last if last.exists() else previous
-        if not path.exists():
-            return None
-        try:
-            checkpoint = load_file(path)
-            if not isinstance(checkpoint, dict) or checkpoint.keys() != {"stage", "step", "finished", "state"}:
-                raise InputError(f"{path} is no checkpoint of a run")
-            return checkpoint
-        except InputError as e:
-            older = path == last and previous.exists()
-            command = shlex.join(["mv", str(previous), str(last)] if older else ["rm", str(path)])
-            what = "the checkpoint before it is whole: go on from that" if older else "there is no other: begin anew"
-            raise InputError(f"{str(e).splitlines()[0]}; {what} after `{command}`, with --resume") from e
-
-    def _read_results(self):
-        path = self.folder / "results.json"
-        return read_json(path, "delete it, or restore it") if self.settings.resume and path.exists() else {}
+    def __init__(self, machine, settings=None, folder=None):
+        self.machine = machine
+        self.settings = settings or RunSettings()
+        self.folder = folder
+        self.checkpoint = read_checkpoint(folder) if self.settings.resume else None
+        self.finished = self.checkpoint["finished"] if self.checkpoint else []  # stages
+        self.results = {}
+        if self.settings.resume and (folder / "results.json").exists():
+            self.results = read_json(folder / "results.json", "delete it, or restore it")
 
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
@@ -1889,198 +2161,480 @@ class Run:
         if rank() == 0:
             write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1).encode())
 
-    def steps(self, stage, images, views, batch, epochs, state):
-        """Yields the Batches of a stage, from where it stopped; saves `state` (modules and optimizers) as it goes.
+    def take_checkpoint(self, stage, state, count):
+        """Loads the checkpoint of a stage into its state; returns the step to go on with, 0 without one."""
+        if not self.checkpoint or self.checkpoint["stage"] != stage:
+            return 0
+        path, saved = self.folder / "last.pt", self.checkpoint
+        need(state.keys() == saved["state"].keys(), f"{path} is a checkpoint of another program")
+        need(saved["count"] == count,
+             f"{path} is of a training with {saved['count']} samples, now there are {count}: restore the data, "
+             "or start a new run")  # fmt: skip
+        for name, part in state.items():
+            load_state(part, saved["state"][name], f"{path} ({name})")
+        self.checkpoint = None
+        return saved["step"]
 
-        An epoch is len(images) // batch steps. `self.step`, `self.total` and `self.per_epoch` are the loop's counters.
-        """
-        self.stage, self.per_epoch = stage, len(images) // batch
-        self.step, self.total, self.batch, self.bad = 0, round(epochs * self.per_epoch), batch, 0
-        if stage in self.finished:
-            return
-        if self.settings.compile:  # block by block and in place: quick to compile, and no name changes
-            modules = [m for part in state.values() if isinstance(part, nn.Module) for m in part.modules()]
-            for block in (m for m in modules if isinstance(m, Block)):
-                block.compile()
-        if self.settings.cost:
-            yield from self._cost(images, views, epochs, state["optimizer"])
-            return
-        if self.checkpoint and self.checkpoint["stage"] == stage:
-            self.step = self.checkpoint["step"]
-            if state.keys() != self.checkpoint["state"].keys():
-                raise InputError(f"{self.folder / 'last.pt'} is a checkpoint of another program")
-            for name, part in state.items():
-                load_state(part, self.checkpoint["state"][name], f"{self.folder / 'last.pt'} ({name})")
-            self.checkpoint = None
-        self._open_log()
-        self.clock, self.since, self.shown = time.time(), self.step, time.time()
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        every = self.settings.save_every or self.per_epoch
-        where = (self.step, self.total, self.settings.seed, self.device, self.workers, self.skipped)
-        try:
-            for batch_of_rank in batches(images, views, batch, *where):
-                self.epoch = self.step // self.per_epoch
-                yield batch_of_rank
-                self.step += 1
-                if self.stop or self.step % every == 0 or self.step == self.total:
-                    self._save(state)
-                if self.stop and self.step < self.total:
-                    flags = f"--out {self.folder} --resume"
-                    print0(f"\nstopped after step {self.step} of {self.total} ({stage}); go on with {sys.argv[0]} {flags}")
-                    raise SystemExit(0)
-        finally:
-            self.log_file.close()
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-        if sys.stdout.isatty():
-            print0()
-        self.finished.append(stage)
-        if self.skipped:
-            print0(f"{sum(self.skipped.values())} reads of {len(self.skipped)} unreadable images were skipped")
-
-    def _cost(self, images, views, epochs, optimizer):
-        """Five steps of the loop on random pixels: in the first, multiply-adds are counted; the last three are timed."""
-        n, cuda = self.batch // world(), self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):  # without this right the peak is that of all stages so far
-                Path("/proc/self/clear_refs").write_text("5")
-        noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
-        rows = torch.arange(n) + rank() * n
-        index = rows.to(self.device)
-        self.log_file, self.shown, self.clock, self.since, self.epoch = io.BytesIO(), math.inf, time.time(), 0, 0
-        self.total = max(self.total, 6)  # so that no step is the last
-        for self.step in range(5):
-            if self.step == 2:
-                self._wait()
-                begin = time.perf_counter()
-            views_of_step = [x.to(self.device, copy=True) for x in noise]
-            data = Batch(views_of_step, index, images.labels[rows].to(self.device), rows, 0)
-            with FlopCounterMode(display=False) if self.step == 0 else contextlib.nullcontext() as counter:
-                yield data
-            if self.step == 0:
-                multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
-        self._wait()
-        seconds = (time.perf_counter() - begin) / 3
-        side = 8192 if cuda else 2048
-        a = torch.randn(side, side, device=self.device, dtype=self.precision)
-        for i in range(6):
-            if i == 1:
-                self._wait()
-                begin = time.perf_counter()
-            a @ a
-        self._wait()
-        matmul = 5 * side**3 / (time.perf_counter() - begin)  # multiply-adds/s of a plain matrix product
-        resident = lambda: int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        memory = torch.cuda.max_memory_allocated() if cuda else resident()
-        self.report(self.stage, {
-            "parameters/M": sum(p.numel() for g in optimizer.param_groups for p in g["params"]) / 1e6,
-            "madds/M": multiply_adds / 1e6,
-            "images/s": self.batch / seconds,
-            "peak/GiB": memory / 2**30,
-            "of matmul/%": 100 * multiply_adds * n / seconds / matmul,
-            "device-hours": epochs * len(images) * seconds / self.batch * world() / 3600,
-        })  # fmt: skip
-
-    def _wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def close(self):
-        """Prints the table of results.json, one row a stage."""
-        if self.results:
-            columns = [c for c, v in next(iter(self.results.values())).items() if not isinstance(v, list)]
-            print0("".join(f"{c:>15}" for c in [""] + columns))
-            for name, row in self.results.items():
-                print0(f"{name:>15}" + "".join(f"{row[c]:15.1f}" for c in columns))
-        if not self.settings.cost:
-            print0(f"everything is in {self.folder}")
-
-    def _on_signal(self, number, frame):
-        self.signalled = True
-
-    def optimize(self, optimizer, loss, log=None, lr_factor=1.0):
-        """Averages gradients over ranks, steps, logs. Returns whether the step was taken.
-
-        A loss or gradient that is not finite skips the step on all ranks; ten in a row end the run.
-
-        Args:
-            loss: this rank's detached loss; log: dict of further tensors to average over ranks and log, scalars or
-            vectors (a value for each head, say; those stay out of the progress line); lr_factor: of every group's peak lr.
-        """
-        lr = set_lr(optimizer, lr_factor)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        average_gradients(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.settings.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
-        log = log or {}
-        values = [loss, norm, torch.tensor(float(self.signalled)), *log.values()]
-        values = torch.cat([v.detach().float().reshape(-1).to(self.device) for v in values])
-        if world() > 1:
-            dist.all_reduce(values)
-        loss, norm, stop, *rest = (values / world()).tolist()  # the one wait for the device in a step
-        rest = iter(rest)
-        log = {name: [next(rest) for _ in v] if v.ndim else next(rest) for name, v in log.items()}
-        self.stop = stop > 0  # some rank was told to: all agree
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            optimizer.step()
-            self.bad = 0
-        else:
-            self.bad += 1
-            print0(f"\nstep {self.step} ({self.stage}) skipped: loss {loss}, gradient norm {norm}")
-            if self.bad == 10:
-                remedy = "start a new run with a lower learning rate, --clip_grad 1 or --precision float32"
-                raise InputError(f"10 steps in a row were not finite: {remedy}")
-        optimizer.zero_grad(set_to_none=True)
-        self._log(dict(loss=loss, lr=lr, grad_norm=norm, **log))
-        return finite
-
-    def _log(self, values):
-        now = time.time()
-        rate = (self.step + 1 - self.since) * self.batch / max(now - self.clock, 1e-9)
-        line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1))
-        known = lambda v: [known(x) for x in v] if isinstance(v, list) else v if math.isfinite(v) else None
-        line |= {k: known(v) for k, v in values.items()}  # JSON has no NaN
-        if rank() == 0:
-            with writing(self.folder / "log.jsonl"):
-                self.log_file.write((json.dumps(line) + "\n").encode())
-        tty = sys.stdout.isatty()
-        if now - self.shown > (0.5 if tty else 10) or self.step + 1 == self.total:
-            self.shown = now
-            left = (self.total - self.step - 1) * self.batch / rate
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if not isinstance(v, list))
-            text = f"{self.stage}  epoch {self.epoch + 1}  step {self.step + 1}/{self.total}  {shown}"
-            text += f"  {rate:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
-            print0(text, end="\r" if tty else "\n")
-
-    def _open_log(self):
-        """Opens log.jsonl behind the last line that belongs to the checkpoint."""
-        if rank() != 0:
-            self.log_file = io.BytesIO()
-            return
-        path = self.folder / "log.jsonl"
-        keep = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                entry = json.loads(line)
-                if entry["stage"] in self.finished or entry["stage"] == self.stage and entry["step"] < self.step:
-                    keep.append(line)
-        write_atomic(path, "".join(line + "\n" for line in keep).encode())
-        self.log_file = open(path, "ab", buffering=0)
-
-    def _save(self, state):
+    def write_checkpoint(self, stage, step, state, count):
+        """Saves the state of a stage before its step number `step`; the checkpoint before becomes previous.pt."""
         for part in state.values():
             if isinstance(part, ZeroOptimizer):
                 part.consolidate_state_dict()  # on rank 0
         if rank() == 0:
             states = {name: part.state_dict() for name, part in state.items()}
-            checkpoint = dict(stage=self.stage, step=self.step, finished=self.finished, state=states)
-            save_file(self.folder / "last.pt", checkpoint, keep=self.folder / "previous.pt")
+            content = dict(stage=stage, step=step, count=count, finished=self.finished, state=states)
+            save_file(self.folder / "last.pt", content, keep=self.folder / "previous.pt")
         if world() > 1:
             dist.barrier()
+
+    def finish(self, stage):
+        """Notes that a stage is behind the run."""
+        if stage not in self.finished:
+            self.finished = [*self.finished, stage]
+
+    def close(self):
+        """Prints the table of results.json, one row a stage."""
+        print_table(self.results)
+        if not self.settings.cost:
+            print0(f"everything is in {self.folder}")
+
+
+def read_checkpoint(folder):
+    """The newest checkpoint of a run, None before the first; if it is damaged, the error offers the one before it. A kill
+    amid the two renamings of a save leaves previous.pt alone."""
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    path = last if last.exists() else previous
+    if not path.exists():
+        return None
+    try:
+        content = load_file(path)
+        keys = {"stage", "step", "count", "finished", "state"}
+        need(isinstance(content, dict) and content.keys() == keys, f"{path} is no checkpoint of a run")
+        return content
+    except InputError as e:
+        older = path == last and previous.exists()
+        command = shlex.join(["mv", str(previous), str(last)] if older else ["rm", str(path)])
+        what = "the checkpoint before it is whole: go on from that" if older else "there is no other: begin anew"
+        raise InputError(f"{str(e).splitlines()[0]}; {what} after `{command}`, with --resume") from e
+
+
+class Training:
+    """The steps of one training of a run: counted, taken or skipped, logged, saved, and resumed where they stopped.
+
+        training = Training(run, "mae", dict(encoder=encoder, optimizer=optimizer), len(images), batch, epochs)
+        for data in training.batches(images, views):
+            loss, aux = backward(encode, objective, inputs)
+            set_lr(optimizer, warmup_cosine(training.step, training.total, warmup))
+            taken, log = training.take_step(optimizer, loss)
+            training.log(log)
+            training.save_if_due()
+
+    A training that the run has behind it yields no steps. SIGTERM and SIGINT end the program after the step in progress.
+
+    Args:
+        stage: its name in the log; state: {name: module or optimizer} of all that it changes; count: samples in an epoch
+        of count // batch steps; batch: global size; epochs: how many, also in part.
+    """
+
+    def __init__(self, run, stage, state, count, batch, epochs):
+        self.run, self.stage, self.state = run, stage, state
+        self.count, self.batch = count, batch
+        self.per_epoch = count // batch
+        self.total = max(1, round(epochs * self.per_epoch))
+        self.step = self.total if stage in run.finished else run.take_checkpoint(stage, state, count)  # the next, or in progress
+        self.skipped_in_a_row = 0
+        self.signalled = self.stop = False  # this process was told to end; some process was
+        self.progress = Progress(stage, self.total, self.step, batch)
+        self.log_file = None
+
+    @property
+    def epoch(self):
+        """Of the step in progress, from 0."""
+        return self.step // self.per_epoch
+
+    def batches(self, images, views):
+        """Yields a Batch of random crops for each step; with --cost a few of random pixels, which are timed."""
+        if self.run.settings.compile:
+            compile_blocks(self.state)
+        if self.run.settings.cost:
+            return self.steps(measured_batches(self, images, views))
+        seed, machine = self.run.settings.seed, self.run.machine
+        return self.steps(batches(images, views, self.batch, self.step, self.total, seed, machine))
+
+    def steps(self, stream):
+        """Counts what `stream` yields: it begins with the step that is to come first and ends with the last."""
+        handlers = {}
+        if self.run.folder:
+            self.log_file = self.open_log()
+            handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for self.step, data in zip(itertools.count(self.step), stream):
+                yield data
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            if self.log_file:
+                self.log_file.close()
+        self.run.finish(self.stage)
+
+    def on_signal(self, number, frame):
+        """SIGTERM or SIGINT: `save_if_due` ends the program."""
+        self.signalled = True
+
+    def take_step(self, optimizer, loss, **values):
+        """Averages gradients over ranks, clips them and steps; what is not finite is skipped, on all ranks. Ten skipped steps
+        in a row end the run.
+
+        Args:
+            loss: this rank's detached loss; values: further tensors to average over ranks, scalars or vectors.
+        Returns:
+            (whether the step was taken, {"loss", "lr", "grad_norm" and the values} as numbers or lists).
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.run.settings.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.settings.clip_grad, norm)
+        stop = torch.tensor(float(self.signalled))
+        means = self.average(dict(loss=loss, grad_norm=norm, stop=stop, **values))  # the one wait for the device in a step
+        self.stop = means.pop("stop") > 0  # all ranks agree
+        taken = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.count_skipped(taken, means)
+        return taken, means | dict(lr=max(group["lr"] for group in optimizer.param_groups))
+
+    def average(self, values):
+        """Means over ranks of tensors, as numbers and lists, by one transfer."""
+        flat = torch.cat([v.detach().float().flatten().to(self.run.machine.device) for v in values.values()])
+        if world() > 1:
+            dist.all_reduce(flat)
+        parts = (flat / world()).cpu().split([v.numel() for v in values.values()])
+        return {name: part.tolist() if v.ndim else part.item() for (name, v), part in zip(values.items(), parts)}
+
+    def count_skipped(self, taken, means):
+        """Tells of a skipped step; the tenth in a row is an error."""
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        if not taken:
+            print0(f"\nstep {self.step} ({self.stage}) skipped: loss {means['loss']}, gradient norm {means['grad_norm']}")
+        remedy = "start a new run with a lower learning rate, --clip_grad 1 or --precision float32"
+        need(self.skipped_in_a_row < 10, f"10 steps in a row were not finite: {remedy}")
+
+    def log(self, means, **more):
+        """A line of log.jsonl, and now and then one of progress on the terminal; lists are not shown there."""
+        if self.run.settings.cost:
+            return
+        values = means | more
+        scalars = [f"{name} {v:.4g}" for name, v in values.items() if not isinstance(v, list)]
+        rate = self.progress.rate(self.step + 1)
+        if self.log_file and rank() == 0:
+            line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1))
+            line |= {name: finite(v) for name, v in values.items()}
+            with writing(self.run.folder / "log.jsonl"):
+                self.log_file.write((json.dumps(line) + "\n").encode())
+        text = f"epoch {self.epoch + 1}  {'  '.join(scalars)}  {rate:.0f} images/s"
+        self.progress.show(self.step + 1, text, show_last=self.run.folder is not None)
+
+    def save_if_due(self):
+        """Writes a checkpoint after every epoch (or --save_every steps) and at the end; if the program was told to end, it
+        does so here."""
+        if not self.run.folder or self.run.settings.cost:
+            return
+        done = self.step + 1
+        every = self.run.settings.save_every or self.per_epoch
+        if self.stop or done % every == 0 or done == self.total:
+            self.run.write_checkpoint(self.stage, done, self.state, self.count)
+        if self.stop and done < self.total:
+            flags = f"--out {self.run.folder} --resume"
+            print0(f"\nstopped after step {done} of {self.total} ({self.stage}); go on with {sys.argv[0]} {flags}")
+            raise SystemExit(0)
+
+    def open_log(self):
+        """log.jsonl, opened behind the last line that belongs to the checkpoint; None on other ranks than 0."""
+        if rank() > 0:
+            return None
+        path = self.run.folder / "log.jsonl"
+        keep = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                entry = json.loads(line)
+                earlier = entry["stage"] == self.stage and entry["step"] < self.step
+                if earlier or entry["stage"] in self.run.finished:
+                    keep.append(line + "\n")
+        write_atomic(path, "".join(keep).encode())
+        return open(path, "ab", buffering=0)
+
+
+def finite(value):
+    """A number, or a list of them, with None for what is not finite: JSON has no NaN."""
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return value if math.isfinite(value) else None
+
+
+def compile_blocks(state):
+    """torch.compile of the transformer blocks, one by one and in place: quick to compile, and no name changes."""
+    for part in state.values():
+        for module in part.modules() if isinstance(part, nn.Module) else []:
+            if isinstance(module, Block):
+                module.compile()
+
+
+class Progress:
+    """One line that says how far a loop is: on a terminal it is rewritten, in a log file there is one every ten seconds,
+    later every minute.
+
+    Args:
+        what: is done; total: steps; done: of them before this program began; batch: what `rate` counts a step as.
+    """
+
+    def __init__(self, what, total, done=0, batch=1):
+        self.what, self.total, self.first, self.batch = what, total, done, batch
+        self.begin = self.shown = time.monotonic()
+
+    def rate(self, done):
+        """Samples a second."""
+        return (done - self.first) * self.batch / max(time.monotonic() - self.begin, 1e-9)
+
+    def show(self, done, text="", show_last=False):
+        """Shows the line if it is time, and after the last step on a terminal, or where that is wanted."""
+        now = time.monotonic()
+        terminal = sys.stdout.isatty()
+        ended = done >= self.total
+        pause = 0.5 if terminal else min(60, max(10, (now - self.begin) / 10))
+        if now - self.shown < pause and not (ended and (terminal or show_last)):
+            return
+        self.shown = now
+        left = int((self.total - done) * self.batch / max(self.rate(done), 1e-9))
+        line = f"{self.what}  {done}/{self.total}  {text}  {left // 60}:{left % 60:02d} left"
+        if terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
+            print0(f"\r{line}\033[K", end="\n" if ended else "")
+        else:
+            print0(line)
+
+
+def progress(items, total, what):
+    """Yields the items under a line of progress."""
+    shown = Progress(what, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        shown.show(done)
+
+
+def measured_batches(training, images, views):
+    """The steps of --cost: five batches of random pixels. Multiply-adds are counted in the first, the last three are timed;
+    what they cost becomes the stage's row of results.json."""
+    run, device = training.run, training.run.machine.device
+    n = training.batch // world()
+    noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
+    rows = torch.arange(n) + rank() * n
+    labels = images.labels[rows].to(device)
+    reset_peak_memory(device)
+    for step in range(5):
+        if step == 2:
+            begin = synchronized_clock(device)
+        data = Batch([x.to(device, copy=True) for x in noise], rows.to(device), labels, rows, 0)
+        if step > 0:
+            yield data
+            continue
+        with FlopCounterMode(display=False) as counter:
+            yield data
+        multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
+    seconds = (synchronized_clock(device) - begin) / 3
+    groups = training.state["optimizer"].param_groups
+    run.report(training.stage, {
+        "parameters/M": sum(sum(p.numel() for p in group["params"]) for group in groups) / 1e6,
+        "madds/M": multiply_adds / 1e6,
+        "images/s": training.batch / seconds,
+        "peak/GiB": peak_memory(device) / 2**30,
+        "of matmul/%": 100 * multiply_adds * n / seconds / matmul_rate(run.machine),
+        "device-hours": training.total * seconds * world() / 3600,
+    })  # fmt: skip
+
+
+def synchronized_clock(device):
+    """Seconds, once the device has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(machine):
+    """Multiply-adds a second of a plain matrix product."""
+    side = 8192 if machine.device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=machine.device, dtype=machine.precision)
+    a @ a
+    begin = synchronized_clock(machine.device)
+    for _ in range(5):
+        a @ a
+    return 5 * side**3 / (synchronized_clock(machine.device) - begin)
+
+
+def reset_peak_memory(device):
+    """`peak_memory` counts from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # without this right the peak is that of all stages so far
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """The most memory that was in use, in bytes: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def print_table(rows):
+    """Prints {row: {column: number}}; lists are left out."""
+    if not rows:
+        return
+    columns = [name for name, v in next(iter(rows.values())).items() if not isinstance(v, list)]
+    print0(" " * 15 + "".join(f"{name:>15}" for name in columns))
+    for name, row in rows.items():
+        print0(f"{name:>15}" + "".join(f"{row[column]:15.1f}" for column in columns))
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def save_encoder(path, encoder, **more):
+    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know, **more}.
+
+    "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
+    last block belongs to the feature) and stem.
+    """
+    config = encoder.config | dict(final_norm=not encoder.config["post_norm"])
+    save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
+
+
+def load_encoder(path, image_size=None, pool=None):
+    """A ViT built from an encoder file, on the CPU; positions are interpolated if `image_size` differs from the file's,
+    and `pool` replaces the file's."""
+    state, config = read_encoder(path)
+    side = config["image_size"] // config["patch_size"]
+    encoder = ViT(**config | dict(image_size=image_size or config["image_size"], pool=pool or config["pool"]))
+    load_encoder_state(encoder, state, side, path)
+    return encoder
+
+
+def init_encoder(encoder, path):
+    """Loads an encoder file into an encoder of the same width, depth, patch and norm placement (`--init`)."""
+    state, config = read_encoder(path)
+    kinds = ["post-norm" if post_norm else "pre-norm" for post_norm in (config["post_norm"], encoder.config["post_norm"])]
+    need(kinds[0] == kinds[1],
+         f"{path}: its blocks are {kinds[0]}, those of the model {kinds[1]} (data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
+    load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
+
+
+def load_encoder_state(encoder, state, side, path):
+    """Loads weights whose position table has a grid of side x side."""
+    if state["pos_embed"].shape[-1] == encoder.dim:
+        state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
+    load_state(encoder, state, str(path))
+
+
+HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()}  # of public files, which do not say
+ENCODER_NAMES = r"(cls_token|pos_embed|patch_embed\.(proj|down|norms|stages|fc)|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
+DATA2VEC_NAMES = {
+    "modality_encoders.IMAGE.local_encoder.proj.": "patch_embed.proj.",
+    "modality_encoders.IMAGE.extra_tokens": "cls_token",
+    "modality_encoders.IMAGE.fixed_positional_encoder.positions": "pos_embed",
+    "modality_encoders.IMAGE.context_encoder.norm.": "embed_norm.",
+    "blocks.": "post_blocks.",
+}
+
+
+def read_encoder(path):
+    """An encoder file, ours or a public one → (state dict under our names, config for ViT).
+
+    Understands files written here, public MAE (encoder-only or with decoder), timm, MAE-CT (no position of [CLS]) and
+    data2vec 2.0 (fairseq's names, stripped of other objects). Classifiers and decoders are left out.
+    """
+    content = load_file(path)
+    state = from_data2vec(encoder_state(content, path))
+    state = {name: v for name, v in state.items() if re.match(ENCODER_NAMES, name)}
+    stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
+    first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
+    need(first in state and "pos_embed" in state, f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
+    rows, dim = state["pos_embed"].shape[1:]
+    if math.isqrt(rows) ** 2 == rows:  # none for [CLS]
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], 1)
+        rows += 1
+    own = content.get("encoder")
+    own = own if isinstance(own, dict) else {}
+    need(own or dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
+    patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
+    config = dict(
+        image_size=math.isqrt(rows - 1) * patch_size,
+        patch_size=patch_size,
+        dim=dim,
+        depth=len({name.split(".")[1] for name in state if name.startswith(("blocks.", "post_blocks."))}),
+        heads=own.get("heads") or HEADS_OF_WIDTH[dim],
+        post_norm=any(name.startswith("post_blocks.") for name in state),
+        pool=own.get("pool", "cls"),
+        stem=stem,
+    )
+    return state, config
+
+
+def encoder_state(content, path):
+    """The dict of tensors in an encoder file, by itself or under "model" or "state_dict"."""
+    state = content
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if isinstance(state, dict):  # fairseq keeps a second, nested copy
+        state = {name: v for name, v in state.items() if not str(name).removeprefix("model.").startswith("_ema")}
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    need(tensors, f"{path} is no encoder file: expected a dict of tensors, or one under 'model' or 'state_dict'")
+    return state
+
+
+def from_data2vec(state):
+    """Weights under fairseq's names for data2vec 2.0 → ours; others as they are."""
+    if not any("modality_encoders.IMAGE." in name for name in state):
+        return state
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.")
+        for theirs, ours in DATA2VEC_NAMES.items():
+            if name.startswith(theirs):
+                renamed[ours + name.removeprefix(theirs)] = value
+    return renamed
+
+
+def load_file(path):
+    """torch.load of tensors and plain values only (argparse.Namespace is allowed for the public MAE files)."""
+    need(Path(path).is_file(), f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        with open(path, "rb") as f:
+            pickled = f.read(2).startswith((b"PK", b"\x80"))
+        if not pickled or not isinstance(e, pickle.UnpicklingError):
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise InputError(f"{path} is not a readable torch file ({why})") from e
+        raise InputError(
+            f"{path} holds more than tensors and plain values; loading it could run code\n"
+            "If you trust it, strip it once:\n"
+            f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
+            f"    state = content['model'] if 'model' in content else content\n"
+            f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
+        ) from e
+
+
+def load_state(part, state, where):
+    """load_state_dict of a module or optimizer, whose complaint becomes one line."""
+    try:
+        part.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:  # torch leaves an optimizer as it was
+        why = "; ".join(line.strip() for line in str(e).splitlines()[1:]) or str(e)
+        raise InputError(f"{where} does not fit: {why}"[:600]) from e
 
 
 @contextlib.contextmanager
@@ -2102,8 +2656,6 @@ def write_atomic(path, data, keep=None):
     Args:
         data: bytes, or a function that writes them to the open file it is given.
         keep: where the old content goes; at every moment a whole file has one of the two names.
-    Raises:
-        InputError: it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
@@ -2126,68 +2678,13 @@ def save_file(path, content, keep=None):
 
 
 def read_json(path, remedy, kinds=(dict,)):
-    """The dict (or another of `kinds`) in a JSON file.
-
-    Raises:
-        InputError: there is none; `remedy` says what to do.
-    """
+    """The dict (or another of `kinds`) in a JSON file; the error if there is none ends with `remedy`, what to do."""
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise InputError(f"{path} is not readable ({e}): {remedy}") from e
-    if not isinstance(content, kinds):
-        raise InputError(f"{path} holds no JSON {' or '.join(kind.__name__ for kind in kinds)}: {remedy}")
+    need(isinstance(content, kinds), f"{path} holds no JSON {' or '.join(kind.__name__ for kind in kinds)}: {remedy}")
     return content
-
-
-def load_file(path):
-    """torch.load of tensors and plain values only (argparse.Namespace is allowed for the public MAE files).
-
-    Raises:
-        InputError: no such file, no torch file, or one that holds other objects.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        with open(path, "rb") as f:
-            pickled = f.read(2).startswith((b"PK", b"\x80"))
-        if not pickled or not isinstance(e, pickle.UnpicklingError):
-            why = (str(e) or type(e).__name__).splitlines()[0]
-            raise InputError(f"{path} is not a readable torch file ({why})") from e
-        raise InputError(
-            f"{path} holds more than tensors and plain values; loading it could run code\n"
-            "If you trust it, strip it once:\n"
-            f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
-            f"    state = content['model'] if 'model' in content else content\n"
-            f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
-        ) from e
-
-
-def load_state(part, state, where):
-    """load_state_dict that names missing, unexpected and misshapen keys in one line.
-
-    Raises:
-        InputError: the state does not fit.
-    """
-    if isinstance(part, nn.Module):
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise InputError(f"{where} does not fit this model: expected a dict of tensors")
-        own = part.state_dict()
-        faults = [f"{k} is missing" for k in own.keys() - state.keys()]
-        faults += [f"{k} is not expected" for k in state.keys() - own.keys()]
-        for k in own.keys() & state.keys():
-            if own[k].shape != state[k].shape:
-                faults.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
-        if faults:
-            more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-            raise InputError(f"{where} does not fit this model: {'; '.join(sorted(faults)[:4])}{more}")
-    try:
-        part.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:  # an optimizer's; torch leaves it as it was
-        raise InputError(f"{where} does not fit: {str(e).splitlines()[0]}") from e
 
 
 def launch(main):
@@ -2202,156 +2699,7 @@ def launch(main):
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------- MAE pre-training
-
-
-def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epochs, weight_decay=0.05, mask_ratio=0.75,
-                 norm_pix=True, views=1, scale=(0.2, 1.0)):  # fmt: skip
-    """MAE pre-training (He et al. 2022): stage "mae" of a run.
-
-    Args:
-        epochs, batch (images of all ranks), lr (at batch 256), warmup_epochs, weight_decay: the recipe.
-        views: views an image, each with a mask of its own (2 in MAE-CT's re-implementation, A.1); the lr does not count
-            them. scale: of the crops.
-    """
-    s = run.settings
-    encoder.freeze(0)
-    peak = lr * batch / 256
-    optimizer = adamw(parameter_groups(nn.ModuleList([encoder, decoder]), peak, weight_decay), zero=s.zero)
-    state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
-
-    def encode(x, noise):
-        x, noise = x.flatten(0, 1), noise.flatten(0, 1)  # [N · V, …]
-        ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
-        pred = decoder(encoder(x, ids_keep), ids_restore)
-        return (), mae_loss(pred, x, mask, norm_pix).view(-1, views).mean(1)
-
-    for data in run.steps("mae", images, [View(s.image_size, scale)] * views, batch, epochs, state):
-        x = torch.stack([augment(v) for v in data.views], 1)  # [N, V, 3, S, S]
-        noise = uniform((s.seed, "mae", run.step, "mask"), data.rows, views, math.prod(encoder.grid), device=run.device)
-        loss, _ = backward(encode, None, (x, noise), s.micro_batch, run.precision)
-        run.optimize(optimizer, loss, lr_factor=warmup_cosine(run.step, run.total, warmup_epochs * run.per_epoch))
-
-
-@torch.no_grad()
-def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
-    """Pictures of a masked autoencoder: x standardised [N, 3, H, W] → (masked input, reconstruction), alike.
-
-    Removed patches are gray in the first; in the second they are the decoder's, visible ones the input's. Predictions of
-    normalised patches get the true patch's mean and deviation back.
-    """
-    ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
-    p, (h, w) = encoder.patch_size, x.shape[-2:]
-    pred, target = promote(decoder(encoder(x, ids_keep), ids_restore)), patchify(x, p)
-    if norm_pix:
-        var, mean = torch.var_mean(target, -1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
-    mask = mask[..., None]
-    return unpatchify(target * (1 - mask), p, h, w), unpatchify(target * (1 - mask) + pred * mask, p, h, w)
-
-
-# ------------------------------------------------------------------------------------------------- weights in and out
-
-HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()}  # of public files, which do not say
-DATA2VEC_NAMES = {
-    "modality_encoders.IMAGE.local_encoder.proj.": "patch_embed.proj.",
-    "modality_encoders.IMAGE.extra_tokens": "cls_token",
-    "modality_encoders.IMAGE.fixed_positional_encoder.positions": "pos_embed",
-    "modality_encoders.IMAGE.context_encoder.norm.": "embed_norm.",
-    "blocks.": "post_blocks.",
-}
-
-
-def save_encoder(path, encoder, **more):
-    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know, **more}.
-
-    "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
-    last block belongs to the feature) and stem.
-    """
-    config = encoder.config | dict(pool=encoder.pool, final_norm=not encoder.config["post_norm"])
-    save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
-
-
-def read_encoder(path):
-    """An encoder file, ours or a public one → (state dict under our names, config for ViT).
-
-    Understands files written here, public MAE (encoder-only or with decoder), timm, MAE-CT (no position of [CLS]) and
-    data2vec 2.0 (fairseq's names, stripped of other objects). Classifiers and decoders are left out.
-
-    Raises:
-        InputError: not an encoder that this project knows.
-    """
-    content = load_file(path)
-    state = content
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if isinstance(state, dict):  # fairseq keeps a second, nested copy
-        state = {k: v for k, v in state.items() if not str(k).removeprefix("model.").startswith("_ema")}
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} is no encoder file: expected a dict of tensors, or one under 'model' or 'state_dict'")
-    if any("modality_encoders.IMAGE." in k for k in state):
-        renamed = {}
-        for key, value in state.items():
-            key = key.removeprefix("model.")
-            old = next((o for o in DATA2VEC_NAMES if key.startswith(o)), None)
-            if old:
-                renamed[DATA2VEC_NAMES[old] + key.removeprefix(old)] = value
-        state = renamed
-    names = r"(cls_token|pos_embed|patch_embed\.(proj|down|norms|stages|fc)|embed_norm|(post_)?blocks\.\d+|norm)(\.|$)"
-    state = {k: v for k, v in state.items() if re.match(names, k)}
-    stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
-    first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
-    if first not in state or "pos_embed" not in state:
-        raise InputError(f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
-    own = content.get("encoder") if isinstance(content.get("encoder"), dict) else {}
-    dim, patch = state["pos_embed"].shape[-1], state[first].shape[-1] * (4 if stem == "conv" else 1)
-    if math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]:  # no row for [CLS]
-        state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], 1)
-    if not own and dim not in HEADS_OF_WIDTH:
-        raise InputError(f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
-    config = dict(
-        image_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
-        patch_size=patch,
-        dim=dim,
-        depth=len({k.split(".")[1] for k in state if k.startswith(("blocks.", "post_blocks."))}),
-        heads=own.get("heads") or HEADS_OF_WIDTH[dim],
-        post_norm=any(k.startswith("post_blocks.") for k in state),
-        pool=own.get("pool", "cls"),
-        stem=stem,
-    )
-    return state, config
-
-
-def load_encoder(path, image_size=None):
-    """A ViT built from an encoder file, on the CPU; positions are interpolated if `image_size` differs from the file's."""
-    state, config = read_encoder(path)
-    side = config["image_size"] // config["patch_size"]
-    config["image_size"] = image_size or config["image_size"]
-    encoder = ViT(**config)
-    _load_weights(encoder, state, side, path)
-    return encoder
-
-
-def init_encoder(encoder, path):
-    """Loads an encoder file into an encoder of the same width, depth, patch and norm placement (`--init`).
-
-    Raises:
-        InputError: names the keys and shapes that do not fit.
-    """
-    state, config = read_encoder(path)
-    if config["post_norm"] != encoder.config["post_norm"]:
-        theirs, ours = ("post-norm", "pre-norm") if config["post_norm"] else ("pre-norm", "post-norm")
-        raise InputError(f"{path}: its blocks are {theirs}, those of the model {ours} (data2vec 2.0 is post-norm, MAE pre-norm)")
-    _load_weights(encoder, state, config["image_size"] // config["patch_size"], path)
-
-
-def _load_weights(encoder, state, side, path):
-    if state["pos_embed"].shape[-1] == encoder.dim:
-        state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
-    load_state(encoder, state, str(path))
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def to_bytes(x):
@@ -2359,83 +2707,75 @@ def to_bytes(x):
     return (unstandardise(promote(x)) * 255).round().byte().cpu()
 
 
-def draw(path, rows, side=64):
+def draw_rows(path, rows, side=64):
     """A picture of captioned rows of images.
 
     rows: list of (caption, images, frames): images [N, 3, H, W] uint8, shown `side` pixels wide; frames is None or N
     colours (name or None) drawn around them.
     """
     gap, text = 4, 14
-    width = max(len(images) for _, images, _ in rows) * (side + gap) + gap
-    canvas = Image.new("RGB", (max(width, 240), len(rows) * (side + gap + text) + gap), "white")
+    step_x, step_y = side + gap, side + gap + text
+    width = gap + step_x * max(len(images) for _, images, _ in rows)
+    canvas = Image.new("RGB", (max(width, 240), gap + step_y * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
-    for r, (caption, images, frames) in enumerate(rows):
-        top = r * (side + gap + text) + gap
-        pen.text((gap, top - 2), caption, fill="black")
-        for i, image in enumerate(images):
-            left = gap + i * (side + gap)
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (left, top + text))
-            if frames and frames[i]:
-                box = (left - 2, top + text - 2, left + side + 1, top + text + side + 1)
-                pen.rectangle(box, outline=frames[i], width=2)
+    for row, (caption, images, frames) in enumerate(rows):
+        top = gap + step_y * row + text
+        pen.text((gap, top - text - 2), caption, fill="black")
+        for column, image in enumerate(images):
+            left = gap + step_x * column
+            canvas.paste(to_pil(image).resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            if frames and frames[column]:
+                corners = (left - 2, top - 2, left + side + 1, top + side + 1)
+                pen.rectangle(corners, outline=frames[column], width=2)
+    save_picture(path, canvas)
+
+
+def save_picture(path, canvas):
+    """Writes a PIL image as PNG."""
     write_atomic(path, lambda f: canvas.save(f, "PNG"))
 
 
-def draw_curves(path, curves, x_label, y_label, width=480, height=320):
+def draw_curves(path, curves, x_label, y_label):
     """A picture of curves, {name: (x values, y values)}, over common axes that span the data; names stand in a legend."""
-    left, right, top, bottom = 48, width - 16, 16, height - 40
+    width, height = 480, 320
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
-    x, y = ([v for curve in curves.values() for v in curve[axis]] for axis in (0, 1))
-    place = lambda v, values, start, end: start + (v - min(values)) / ((max(values) - min(values)) or 1) * (end - start)
-    ticks = lambda values: [min(values) + i / 4 * (max(values) - min(values)) for i in range(5)]
-    for value in sorted(set(x)) if len(set(x)) <= 12 else ticks(x):
-        at = place(value, x, left, right)
-        pen.line([(at, top), (at, bottom)], fill="gainsboro")
-        pen.text((at, bottom + 6), f"{value:.3g}", fill="black", anchor="ma")
-    for value in ticks(y):
-        at = place(value, y, bottom, top)
-        pen.line([(left, at), (right, at)], fill="gainsboro")
-        pen.text((left - 6, at), f"{value:.3g}", fill="black", anchor="rm")
-    for i, (name, (xs, ys)) in enumerate(curves.items()):
+    xs = list(itertools.chain(*(x for x, _ in curves.values())))
+    ys = list(itertools.chain(*(y for _, y in curves.values())))
+    x_axis = Axis(xs, 48, width - 16)
+    y_axis = Axis(ys, height - 40, 16)
+    for value in sorted(set(xs)) if len(set(xs)) <= 12 else x_axis.ticks():
+        at = x_axis.place(value)
+        pen.line([(at, y_axis.start), (at, y_axis.end)], fill="gainsboro")
+        pen.text((at, y_axis.start + 6), f"{value:.3g}", fill="black", anchor="ma")
+    for value in y_axis.ticks():
+        at = y_axis.place(value)
+        pen.line([(x_axis.start, at), (x_axis.end, at)], fill="gainsboro")
+        pen.text((x_axis.start - 6, at), f"{value:.3g}", fill="black", anchor="rm")
+    for i, (name, (x, y)) in enumerate(curves.items()):
         colour = ("steelblue", "darkorange", "seagreen", "firebrick", "slateblue", "gray")[i % 6]
-        points = [(place(a, x, left, right), place(b, y, bottom, top)) for a, b in zip(xs, ys)]
+        points = [(x_axis.place(a), y_axis.place(b)) for a, b in zip(x, y)]
         pen.line(points, fill=colour, width=2)
         for a, b in points:
             pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
-        pen.text((left + 8, top + 2 + 13 * i), name, fill=colour)
-    pen.text(((left + right) / 2, height - 4), x_label, fill="black", anchor="ms")
+        pen.text((x_axis.start + 8, y_axis.end + 2 + 13 * i), name, fill=colour)
+    pen.text(((x_axis.start + x_axis.end) / 2, height - 4), x_label, fill="black", anchor="ms")
     pen.text((4, 2), y_label, fill="black")
-    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+    save_picture(path, canvas)
 
 
-def draw_matrix(path, values, names, side=480):
-    """A picture of a matrix [rows, columns] of counts as shares of their row, white for 0 to blue for 1; `names` of the
-    rows stand beside them where there is room."""
-    share = np.asarray(values) / np.maximum(np.sum(values, 1, keepdims=True), 1)
-    shades = np.array([255, 255, 255]) + share[..., None] * (np.array([8, 48, 107]) - 255)
-    room = 120 if side / len(share) >= 11 else 0
-    canvas = Image.new("RGB", (room + side + 8, side + 8), "white")
-    picture = Image.fromarray(shades.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-    canvas.paste(picture, (room + 4, 4))
-    pen = ImageDraw.Draw(canvas)
-    pen.rectangle((room + 3, 3, room + side + 4, side + 4), outline="gray")
-    for i, name in enumerate(names if room else []):
-        pen.text((room, 4 + (i + 0.5) * side / len(share)), str(name)[:18], fill="black", anchor="rm")
-    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+class Axis:
+    """Places values between the pixels `start` and `end` of a picture."""
 
+    def __init__(self, values, start, end):
+        self.low, self.high = min(values), max(values)
+        self.start, self.end = start, end
 
-def draw_points(path, points, labels, names, side=480):
-    """A picture of points [N, 2], coloured by label; up to 20 names stand in a legend."""
-    low, high = points.min(0).values, points.max(0).values
-    at = ((points - low) / (high - low).clamp(min=1e-12) * (side - 16) + 8).tolist()
-    canvas = Image.new("RGB", (side + 140 * (len(names) <= 20), side), "white")
-    pen = ImageDraw.Draw(canvas)
-    shade = lambda i: f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)"
-    colours = [shade(i) for i in range(len(names))]
-    for (x, y), label in zip(at, labels.tolist()):
-        pen.ellipse((x - 1.5, side - y - 1.5, x + 1.5, side - y + 1.5), fill=colours[label])
-    for i, name in enumerate(names if len(names) <= 20 else []):
-        pen.text((side + 8, 8 + 14 * i), str(name)[:20], fill=colours[i])
-    write_atomic(path, lambda f: canvas.save(f, "PNG"))
+    def place(self, value):
+        """The pixel of a value."""
+        share = (value - self.low) / ((self.high - self.low) or 1)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self):
+        """Five values, evenly spread."""
+        return [self.low + i / 4 * (self.high - self.low) for i in range(5)]

@@ -23,17 +23,20 @@ Easy to get wrong:
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from common import (
-    BYOL, VIT_SIZES, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward, build_vit,
-    check_batch, check_masking, draw, ema_update, frozen_copy, info_nce, init_encoder, launch, load_encoder, load_file,
-    load_splits, load_state, mae_loss, mlp_head, normalize, parameter_groups, parse_settings, pretrain_mae, rank,
-    random_masking, reconstruct, save_encoder, save_file, start, to_bytes, uniform, warmup_cosine,
+    BYOL, VIT_SIZES, BatchSize, Count, Fraction, Number, Positive, Queue, Ratio, RunSettings, Share, Training, View, Whole,
+    adamw, augment, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
+    load_encoder, load_file, load_splits, load_state, mae_loss, mlp_head, model_size, need, new_decoder, new_encoder,
+    normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, rank, reconstruction_rows,
+    save_encoder, save_file, set_lr, start_machine, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate, features
 
@@ -47,51 +50,51 @@ class Settings(RunSettings):
     head: str = ""  # head.pt of another run, for --stages ct without stage head
 
     # MAE pre-training: 4.1, A.1; what the paper leaves to He et al. 2022 is from their Table 8
-    mae_epochs: float = 1600  # 4.1
-    mae_batch: int = 4096  # He et al. Table 8
-    mae_lr: float = 1.5e-4  # 4.1
-    mae_warmup_epochs: float = 40  # He et al. Table 8
-    mae_views: int = 1  # 2 for the re-implementation of A.1, which then has 800 epochs and a batch of 1024 (H: 512)
-    mask_ratio: float = 0.75  # 4.1
+    mae_epochs: Positive = 1600  # 4.1
+    mae_batch: Count = 4096  # He et al. Table 8
+    mae_lr: Positive = 1.5e-4  # 4.1
+    mae_warmup_epochs: Number = 40  # He et al. Table 8
+    mae_views: Count = 1  # 2 for the re-implementation of A.1, which then has 800 epochs and a batch of 1024 (H: 512)
+    mask_ratio: Ratio = 0.75  # 4.1
     norm_pix: bool = True  # 4.1, "normalize pixels"
-    decoder_dim: int = 512  # He et al. Table 1b
-    decoder_depth: int = 8  # He et al. Table 1a
-    decoder_heads: int = 16
+    decoder_dim: Count = 512  # He et al. Table 1b
+    decoder_depth: Whole = 8  # He et al. Table 1a
+    decoder_heads: Count = 16
 
     # both contrastive stages: Algorithm 1, Table 9, A.2
-    batch: int = 1024
-    warmup: float = 0.2  # fraction of the steps
-    scale_min: float = 0.08  # of the random crops' area; not printed, the authors' code
-    pool: str = "cls"  # A.2
-    queue: int = 65536
-    projector_hidden: int = 2048
-    predictor_hidden: int = 4096
-    head_dim: int = 256
-    head_weight_decay: float = 1e-5
+    batch: BatchSize = 1024
+    warmup: Fraction = 0.2  # of the steps
+    scale_min: Share = 0.08  # of the random crops' area; not printed, the authors' code
+    pool: Literal["cls", "mean"] = "cls"  # A.2
+    queue: Count = 65536
+    projector_hidden: Count = 2048
+    predictor_hidden: Count = 4096
+    head_dim: Count = 256
+    head_weight_decay: Number = 1e-5
     nn_lookup: bool = True  # Table 4: without it, z itself is the positive
 
     # stage head: 4.1, A.2
-    head_epochs: float = 20
-    head_lr: float = 1e-4
-    head_temperature: float = 0.15
+    head_epochs: Positive = 20
+    head_lr: Positive = 1e-4
+    head_temperature: Positive = 0.15
 
     # stage ct: Table 9
-    epochs: float = 20
-    lr: float = 1e-4
-    layer_decay: float = 0.65
-    weight_decay: float = 0.05
-    frozen: int = 12  # lower blocks
-    ema: float = 0.9999  # of the encoder
-    ct_head_lr: float = 1e-4
-    temperature: float = 0.2
-    k: int = 20
-    projector_ema: float = 0.99
-    ct_mask_ratio: float = 0.0  # Table 4: 0.75
+    epochs: Positive = 20
+    lr: Positive = 1e-4
+    layer_decay: Share = 0.65
+    weight_decay: Number = 0.05
+    frozen: Whole = 12  # lower blocks
+    ema: Fraction = 0.9999  # of the encoder
+    ct_head_lr: Positive = 1e-4
+    temperature: Positive = 0.2
+    k: Count = 20
+    projector_ema: Fraction = 0.99
+    ct_mask_ratio: Ratio = 0.0  # Table 4: 0.75
     aug: bool = False  # MAE-CT_aug: Table 10 and BYOL's augmentations
     oracle: bool = False  # B.2: neighbours of the same class only, 30 epochs
 
     # combined pre-training: 4.5
-    combined_weight: float = 0.001  # lambda
+    combined_weight: Number = 0.001  # lambda
     detach: bool = False  # a stop-gradient before the head: "detached pre-training"
 
 
@@ -118,8 +121,12 @@ SHAPES = dict(
 
 def presets(given):
     """Field values for the flags given: the model's columns of Tables 9 and 10, the built-in run, A.1, B.2."""
-    size = re.match(r"vit_(2b|\D+)|", given.get("model", "vit_l16"))[1]
-    row = dict(TABLE_9.get(size) or dict(frozen=VIT_SIZES.get(size, (0, 0))[1] // 2))  # other sizes: the lower half too
+    size, _ = model_size(given.get("model", "vit_l16"))
+    row = {}
+    if size in TABLE_9:
+        row |= TABLE_9[size]
+    elif size in VIT_SIZES:
+        row |= dict(frozen=VIT_SIZES[size][1] // 2)  # the lower half too
     if given.get("aug"):
         row |= TABLE_10.get(size, TABLE_10["l"])
     if given.get("mae_views") == 2 or "combined" in given.get("stages", ""):
@@ -137,14 +144,14 @@ def presets(given):
 
 
 class NNCLRHead(nn.Module):
-    """Projector g, predictor h, EMA projector g_m and queue Q (Figure 2, A.2, Algorithm 1)."""
+    """Projector g, predictor h, EMA projector g_m and queue Q (Figure 2, A.2, Algorithm 1); `dim` is the encoder's width."""
 
-    def __init__(self, dim, s):
+    def __init__(self, dim, projector_hidden=2048, predictor_hidden=4096, head_dim=256, queue=65536):
         super().__init__()
-        self.g = mlp_head(dim, s.projector_hidden, s.projector_hidden, s.head_dim, last_norm=True)
-        self.h = mlp_head(s.head_dim, s.predictor_hidden, s.head_dim, last_norm=False)
+        self.g = mlp_head(dim, projector_hidden, projector_hidden, head_dim, last_norm=True)
+        self.h = mlp_head(head_dim, predictor_hidden, head_dim, last_norm=False)
         self.g_m = frozen_copy(self.g)
-        self.Q = Queue(s.queue, s.head_dim)
+        self.Q = Queue(queue, head_dim)
 
     def loss(self, y1, y2, index, labels, dice, temperature, k, nn_lookup=True, oracle=False):
         """The symmetrised InfoNCE loss of Algorithm 1 (Eq. 1-2).
@@ -155,9 +162,11 @@ class NNCLRHead(nn.Module):
             loss (scalar), and a dict: z1 [N, head_dim] for the queue, and nn_accuracy, the share of neighbours of the
             sample's class (of meaning where there are labels).
         """
-        p1, p2 = normalize(self.h(self.g(y1))), normalize(self.h(self.g(y2)))  # predictor path, BatchNorm per view
+        p1 = normalize(self.h(self.g(y1)))  # predictor path; BatchNorm per view
+        p2 = normalize(self.h(self.g(y2)))
         with torch.no_grad():
-            z1, z2 = normalize(self.g_m(y1)), normalize(self.g_m(y2))  # NN path
+            z1 = normalize(self.g_m(y1))  # NN path
+            z2 = normalize(self.g_m(y2))
             of_class = labels if oracle else None
             at1 = self.Q.lookup(z1, index, k, dice[:, 0], of_class)
             at2 = self.Q.lookup(z2, index, k, dice[:, 1], of_class)
@@ -176,48 +185,47 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     """Algorithm 1. Stage "head" is the same with all blocks frozen, k = 1 and no EMA in the projector (A.2).
 
     Returns:
-        f_m, the EMA of the encoder.
+        f_m, the EMA of the encoder; f itself where all blocks are frozen.
     """
     s = run.settings
     f.freeze(frozen)
-    tuned = frozen < f.depth
-    f_m = frozen_copy(f) if tuned else f
+    f_m = frozen_copy(f) if frozen < f.depth else f
     scale = s.batch * 2 / 256  # A.1: batch size x views / 256
     groups = parameter_groups(head, head_lr * scale, s.head_weight_decay)
     groups += parameter_groups(f, lr * scale, s.weight_decay, s.layer_decay)
     optimizer = adamw(groups, zero=s.zero)
     views = [View(s.image_size, (s.scale_min, 1.0))] * 2
-    oracle, masked = (s.oracle, s.ct_mask_ratio) if stage == "ct" else (False, 0)
-    patches = f.grid[0] * f.grid[1]
+    colours = BYOL if s.aug else [None, None]
+    mask_ratio = s.ct_mask_ratio if stage == "ct" else 0
+    oracle = s.oracle and stage == "ct"
 
-    def encode(x1, x2, ids1, ids2):
-        ids = torch.cat([ids1, ids2]) if masked else None
-        return f.pooled(f(torch.cat([x1, x2]), ids)).chunk(2), None  # y1, y2
+    def encode(x1, x2, noise):
+        ids_keep = random_masking(torch.cat(noise.unbind(1)), mask_ratio)[0] if mask_ratio else None
+        return f.pooled(f(torch.cat([x1, x2]), ids_keep)).chunk(2), None  # y1, y2 [N, D]
 
-    for data in run.steps(stage, images, views, s.batch, epochs, dict(encoder=f, ema=f_m, head=head, optimizer=optimizer)):
-        key = (s.seed, stage, run.step)
-        if s.aug:
-            noise = uniform((*key, "colour"), data.rows, 2, 13)
-            x1, x2 = (augment(x, colour, n) for x, colour, n in zip(data.views, BYOL, noise.unbind(1)))
-        else:
-            x1, x2 = map(augment, data.views)
-        ids1 = ids2 = None
-        if masked:
-            noise = uniform((*key, "mask"), data.rows, 2, patches, device=run.device)
-            ids1, ids2 = (random_masking(n, masked)[0] for n in noise.unbind(1))
-        dice = uniform((*key, "dice"), data.rows, 2, device=run.device)
+    state = dict(encoder=f, ema=f_m, head=head, optimizer=optimizer)
+    training = Training(run, stage, state, len(images), s.batch, epochs)
+    for data in training.batches(images, views):
+        key = (s.seed, stage, training.step)
+        colour_noise = uniform((*key, "colour"), data.rows, 2, 13)
+        x1, x2 = map(augment, data.views, colours, colour_noise.unbind(1))
+        noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=x1.device)
+        dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
         def objective(y1, y2):
             return head.loss(y1, y2, data.index, data.labels, dice, temperature, k, s.nn_lookup, oracle)
 
-        loss, aux = backward(encode, objective, (x1, x2, ids1, ids2), s.micro_batch, run.precision)
-        factor = warmup_cosine(run.step, run.total, s.warmup * run.total)
-        log = dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {}
-        if run.optimize(optimizer, loss, log, factor):
+        # in one piece: loss, aux = objective(*encode(x1, x2, noise)[0]); loss.backward()
+        loss, aux = backward(encode, objective, (x1, x2, noise), s.micro_batch, run.machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total))
+        measured = dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {}
+        taken, log = training.take_step(optimizer, loss, **measured)
+        if taken:
             head.Q.push(aux["z1"], data.index, data.labels)
+            ema_update(f_m, f, s.ema)
             ema_update(head.g_m, head.g, projector_ema)
-            if tuned:
-                ema_update(f_m, f, s.ema)
+        training.log(log)
+        training.save_if_due()
     return f_m
 
 
@@ -227,143 +235,145 @@ def combined_pretraining(run, f, decoder, head, images):
     f.freeze(0)
     groups = parameter_groups(nn.ModuleList([f, decoder, head]), s.mae_lr * s.mae_batch / 256, s.weight_decay)
     optimizer = adamw(groups, zero=s.zero)
-    state = dict(encoder=f, decoder=decoder, head=head, optimizer=optimizer)
 
-    def encode(x, noise):
-        x, noise = x.flatten(0, 1), noise.flatten(0, 1)  # [N * 2, ...], a sample's views side by side
-        ids_keep, ids_restore, mask = random_masking(noise, s.mask_ratio)
+    def encode(x1, x2, noise):
+        x = torch.cat([x1, x2])
+        ids_keep, ids_restore, mask = random_masking(torch.cat(noise.unbind(1)), s.mask_ratio)
         tokens = f(x, ids_keep)
-        loss = mae_loss(decoder(tokens, ids_restore), x, mask, s.norm_pix)
-        y = f.pooled(tokens.detach() if s.detach else tokens).unflatten(0, (-1, 2))
-        return (y[:, 0], y[:, 1]), loss.view(-1, 2).mean(1)
+        loss1, loss2 = mae_loss(decoder(tokens, ids_restore), x, mask, s.norm_pix).chunk(2)
+        if s.detach:
+            tokens = tokens.detach()
+        return f.pooled(tokens).chunk(2), (loss1 + loss2) / 2
 
-    for data in run.steps("combined", images, [View(s.image_size)] * 2, s.mae_batch, s.mae_epochs, state):
-        x = torch.stack([augment(v) for v in data.views], 1)  # [N, 2, 3, S, S]
-        key = (s.seed, "combined", run.step)
-        noise = uniform((*key, "mask"), data.rows, 2, f.grid[0] * f.grid[1], device=run.device)
-        dice = uniform((*key, "dice"), data.rows, 2, device=run.device)
+    state = dict(encoder=f, decoder=decoder, head=head, optimizer=optimizer)
+    training = Training(run, "combined", state, len(images), s.mae_batch, s.mae_epochs)
+    for data in training.batches(images, [View(s.image_size)] * 2):
+        key = (s.seed, "combined", training.step)
+        x1, x2 = map(augment, data.views)
+        noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=x1.device)
+        dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
         def objective(y1, y2):
             loss, aux = head.loss(y1, y2, data.index, data.labels, dice, s.head_temperature, 1, s.nn_lookup)
             return s.combined_weight * loss, aux | dict(nnclr=loss.detach())
 
-        loss, aux = backward(encode, objective, (x, noise), s.micro_batch, run.precision)
-        factor = warmup_cosine(run.step, run.total, s.mae_warmup_epochs * run.per_epoch)
-        log = dict(nnclr=aux["nnclr"]) | (dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {})
-        if run.optimize(optimizer, loss, log, factor):
+        # in one piece: y, mae = encode(x1, x2, noise); loss, aux = objective(*y); (loss + mae.mean()).backward()
+        loss, aux = backward(encode, objective, (x1, x2, noise), s.micro_batch, run.machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.mae_warmup_epochs * training.per_epoch))
+        measured = dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {}
+        taken, log = training.take_step(optimizer, loss, nnclr=aux["nnclr"], **measured)
+        if taken:
             head.Q.push(aux["z1"], data.index, data.labels)
             ema_update(head.g_m, head.g, 0.0)
+        training.log(log)
+        training.save_if_due()
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-@torch.no_grad()
-def picture_reconstruction(path, encoder, decoder, images, s, device):
+def picture_reconstruction(path, encoder, decoder, images, s, machine):
     """Eight images, what the encoder sees of them, and the decoder's reconstruction."""
-    picks = torch.arange(min(8, len(images)))
-    x = augment(next(center_views(images, s.image_size, device, 0, picks))[0])
-    noise = uniform((s.seed, "picture"), picks.to(device), encoder.grid[0] * encoder.grid[1])
-    masked, restored = reconstruct(encoder, decoder, x, noise, s.mask_ratio, s.norm_pix)
-    rows = [("input", x), (f"{s.mask_ratio:.0%} removed", masked), ("reconstruction", restored)]
-    draw(path, [(caption, to_bytes(v), None) for caption, v in rows])
+    pictures, index = next(center_views(images, s.image_size, machine, torch.arange(len(images))[:8]))
+    noise = uniform((s.seed, "picture"), index, math.prod(encoder.grid))
+    draw_rows(path, reconstruction_rows(encoder, decoder, augment(pictures), noise, s.mask_ratio, s.norm_pix))
 
 
-@torch.no_grad()
-def picture_retrieval(path, before, after, y, images, s, device, queries=6, neighbours=8):
-    """Figure 11: queries and their nearest neighbours before and after tuning; green frames are the query's class."""
+def picture_retrieval(path, before, after, images, s, machine):
+    """Figure 11: queries of six classes and their nearest neighbours, by features [N, D] before and after tuning; green
+    frames are the query's class."""
+    y = images.labels.tolist()
     rows = []
-    for q in [(y == c).nonzero()[0].item() for c in range(min(queries, len(images.classes)))]:
-        for name, x in (("MAE", before), ("MAE-CT", after)):
-            x = torch.nn.functional.normalize(x, dim=1)
-            found = (x @ x[q]).topk(neighbours + 1).indices.cpu()  # the query itself comes first
-            pictures, _ = next(center_views(images, s.image_size, device, 0, found))
-            pictures = pictures.cpu()
-            frames = ["black"] + ["limegreen" if y[f] == y[q] else "red" for f in found[1:]]
-            rows.append((f"{name}: {images.classes[y[q]]}", pictures, frames))
-    draw(path, rows)
+    for c, name in enumerate(images.classes[:6]):
+        query = y.index(c)
+        for model, x in (("MAE", normalize(before)), ("MAE-CT", normalize(after))):
+            nearest = (x @ x[query]).topk(min(9, len(x))).indices.cpu()  # the query itself comes first
+            pictures, _ = next(center_views(images, s.image_size, machine, nearest))
+            frames = ["black"] + ["limegreen" if y[i] == c else "red" for i in nearest[1:]]
+            rows.append((f"{model}: {name}", pictures.cpu(), frames))
+    draw_rows(path, rows)
+
+
+def new_head(encoder, s):
+    """The NNCLRHead of the settings."""
+    return NNCLRHead(encoder.dim, s.projector_hidden, s.predictor_hidden, s.head_dim, s.queue)
 
 
 def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), stages, encoder, decoder, head.
+        settings, machine, train, val (None without labels), encoder, decoder, head.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
-    stages = s.stages.split(",")
-    if stages != [x for x in ("mae", "combined", "head", "ct") if x in stages] or stages[:2] == ["mae", "combined"]:
-        raise InputError(f"--stages {s.stages}: choose from mae (or combined), head, ct, in this order")
-    if not {"mae", "combined"} & set(stages) and not s.init:
-        raise InputError(f"--stages {s.stages} starts from a trained encoder: give it with --init FILE")
-    if s.pool not in ("cls", "mean"):
-        raise InputError(f"--pool {s.pool}: choose cls or mean")
-    if not s.mask_ratio:
-        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
-    device = start()
+    need(re.fullmatch("(mae|combined)(,head)?(,ct)?|head(,ct)?|ct", s.stages),
+         f"--stages {s.stages}: choose from mae (or combined), head, ct, in this order")  # fmt: skip
+    pretraining = "mae" in s.stages or "combined" in s.stages
+    need(pretraining or s.init, f"--stages {s.stages} starts from a trained encoder: give it with --init FILE")
+    need(s.mask_ratio, "--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
+    machine = start_machine(s.precision, s.workers)
     torch.manual_seed(s.seed)
-    encoder = build_vit(s.model, s.image_size, s.pool)
-    encoder.checkpoint_blocks = s.checkpoint_blocks
+    encoder = new_encoder(s, s.pool)
     check_masking(encoder.grid, s.mask_ratio, s.ct_mask_ratio)
-    if s.init:
-        init_encoder(encoder, s.init)
-    decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
-    head = NNCLRHead(encoder.dim, s)
+    decoder = new_decoder(encoder, s)
+    head = new_head(encoder, s)
     if s.head:
         load_state(head, load_file(s.head), s.head)
-    if s.k > s.queue:
-        raise InputError(f"--k {s.k}: expected no more than the queue of {s.queue}")
-    if "ct" in stages and s.frozen >= encoder.depth:
-        raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")
+    need(s.k <= s.queue, f"--k {s.k}: expected no more than the queue of {s.queue}")
+    need("ct" not in s.stages or s.frozen < encoder.depth,
+         f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")  # fmt: skip
     train, val = load_splits(s.data, labels=s.oracle, val=not s.cost)
-    mae, head_init, ct = (s.mae_batch, s.mae_epochs), (s.batch, s.head_epochs), (s.batch, s.epochs)
-    for name, size in dict(mae=mae, combined=mae, head=head_init, ct=ct).items():
-        if name in stages:
-            check_batch(s, train, *size)
-    if s.batch > s.queue and {"head", "ct"} & set(stages):
-        raise InputError(f"--batch {s.batch} is larger than the queue of {s.queue}")
-    return s, device, train, val, stages, encoder.to(device), decoder.to(device), head.to(device)
+    if pretraining:
+        check_batch(s, train, s.mae_batch, s.mae_epochs)
+    if "head" in s.stages:
+        check_batch(s, train, s.batch, s.head_epochs)
+    if "ct" in s.stages:
+        check_batch(s, train, s.batch, s.epochs)
+    need(s.batch <= s.queue or s.stages in ("mae", "combined"), f"--batch {s.batch} is larger than the queue of {s.queue}")
+    for model in (encoder, decoder, head):
+        model.to(machine.device)
+    return s, machine, train, val, encoder, decoder, head
 
 
 def main(argv):
     """The stages of `--stages`, an evaluation before and after tuning where the data has labels, the closing table."""
-    s, device, train, val, stages, encoder, decoder, head = prepare(argv)
-    run = Run(s, device)
-    first = run.folder / "mae.pt"  # the encoder before tuning
+    s, machine, train, val, encoder, decoder, head = prepare(argv)
+    run = open_run(s, machine)
+    untuned = run.folder / "mae.pt"
 
-    if "mae" in stages:
+    if "mae" in s.stages:
         pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr, views=s.mae_views,
                      warmup_epochs=s.mae_warmup_epochs, mask_ratio=s.mask_ratio, norm_pix=s.norm_pix)  # fmt: skip
-    if "combined" in stages:
+    if "combined" in s.stages:
         combined_pretraining(run, encoder, decoder, head, train)
-    if rank() == 0 and not first.exists():
-        save_encoder(first, encoder)
-        if {"mae", "combined"} & set(stages) and not s.cost:
-            picture_reconstruction(run.folder / "reconstruction.png", encoder, decoder, val or train, s, device)
-    before = "combined" if "combined" in stages else "mae"
+    before = "combined" if "combined" in s.stages else "mae"
+    if rank() == 0 and not untuned.exists():
+        save_encoder(untuned, encoder)
+        if before in s.stages and not s.cost:
+            picture_reconstruction(run.folder / "reconstruction.png", encoder, decoder, val or train, s, machine)
     if val and before not in run.results:
-        run.report(before, evaluate(encoder, train, val, run))
+        run.report(before, evaluate(encoder, train, val, machine))
 
-    if "head" in stages:
-        if "combined" in stages:  # a new head; --stages combined,ct is the paper's CT_skip
+    if "head" in s.stages:
+        if "combined" in s.stages:  # --stages combined,ct is the paper's CT_skip
             torch.manual_seed(s.seed)
-            head = NNCLRHead(encoder.dim, s).to(device)
+            head = new_head(encoder, s).to(machine.device)
         contrastive(run, "head", encoder, head, train, epochs=s.head_epochs, lr=0.0, head_lr=s.head_lr,
                     frozen=encoder.depth, temperature=s.head_temperature, k=1, projector_ema=0.0)  # fmt: skip
         if rank() == 0 and not (run.folder / "head.pt").exists():
             save_file(run.folder / "head.pt", head.state_dict())
-    if "ct" in stages:
+    if "ct" in s.stages:
         encoder = contrastive(run, "ct", encoder, head, train, epochs=s.epochs, lr=s.lr, head_lr=s.ct_head_lr,
                               frozen=s.frozen, temperature=s.temperature, k=s.k, projector_ema=s.projector_ema)  # fmt: skip
         if val and "mae_ct" not in run.results:
-            run.report("mae_ct", evaluate(encoder, train, val, run))
+            run.report("mae_ct", evaluate(encoder, train, val, machine))
     if rank() == 0:
         save_encoder(run.folder / "encoder.pt", encoder)
-    if val and "ct" in stages:
-        untuned = load_encoder(first).to(device)
-        x = [features(e, val, run)[0] for e in (untuned, encoder)]
+    if val and "ct" in s.stages:
+        x_before, _ = features(load_encoder(untuned).to(machine.device), val, machine)
+        x_after, _ = features(encoder, val, machine)
         if rank() == 0:
-            picture_retrieval(run.folder / "retrieval.png", *x, val.labels, val, s, device)
+            picture_retrieval(run.folder / "retrieval.png", x_before, x_after, val, s, machine)
     run.close()
 
 

@@ -30,15 +30,16 @@ Easy to get wrong:
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from common import (
-    BYOL, VIT_SIZES, BatchNorm, Colour, InputError, MAEDecoder, Queue, Run, RunSettings, View, adamw, augment, backward,
-    build_vit, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather, init_encoder, launch,
-    load_splits, normalize, parameter_groups, parse_settings, pretrain_mae, print0, promote, rank, save_encoder, start,
-    uniform, warmup_cosine,
+    BYOL, VIT_SIZES, BatchNorm, BatchSize, Colour, Count, Fraction, Number, Positive, Queue, RunSettings, Share, Training,
+    View, Whole, adamw, augment, backward, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather,
+    launch, load_splits, model_size, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
+    parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import evaluate, knn_per_block
 
@@ -48,54 +49,54 @@ class Settings(RunSettings):
     """Defaults are those of an MAE ViT-L/16; `presets` holds what differs for other models."""
 
     model: str = "vit_l16"
-    mim: str = "mae"  # the masked image model that is refined: mae (pre-norm blocks) or data2vec2 (post-norm)
+    mim: Literal["mae", "data2vec2"] = "mae"  # the masked image model that is refined: pre-norm blocks, or post-norm
 
     # heads: B.2, and the authors' code for what it leaves open
-    heads: int = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a
+    heads: Count = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a
     head_blocks: str = ""  # any other set of blocks, counted from 1: "20,24" or "17-24" (Tables 1b, 6)
-    projector_hidden: int = 2048
-    predictor_hidden: int = 4096
-    head_dim: int = 256
-    queue: int = 65536
+    projector_hidden: Count = 2048
+    predictor_hidden: Count = 4096
+    head_dim: Count = 256
+    queue: Count = 65536
     authors_head: bool = False  # Linear-BN-GELU; B.2 lists GELU before BatchNorm
 
     # refinement: Table 10
-    epochs: float = 30  # MAE L, H; 20 for MAE 2B and data2vec 2.0
-    batch: int = 1024  # 512 for H and 2B
-    lr: float = 4e-4  # at batch 256
-    warmup_epochs: float = 4
-    layer_decay: float = 0.65
-    frozen: int = 0  # lower blocks; 6 for 2B
-    weight_decay: float = 0.05
-    ema: float = 0.9999  # of the encoder
-    head_weight_decay: float = 1e-5
-    temperature: float = 0.2  # 0.3 for H, 0.35 for 2B
-    k: int = 20  # the neighbour is one of them at random
-    global_scale_min: float = 0.25  # area of the 2 global views; that of local views lies below
-    local_views: int = 10  # 0: no multi-crop (Table 1f)
-    local_size: int = 96  # pixels; 98 for patches of 14
-    local_scale_min: float = 0.05
+    epochs: Positive = 30  # MAE L, H; 20 for MAE 2B and data2vec 2.0
+    batch: BatchSize = 1024  # 512 for H and 2B
+    lr: Positive = 4e-4  # at batch 256
+    warmup_epochs: Number = 4
+    layer_decay: Share = 0.65
+    frozen: Whole = 0  # lower blocks; 6 for 2B
+    weight_decay: Number = 0.05
+    ema: Fraction = 0.9999  # of the encoder
+    head_weight_decay: Number = 1e-5
+    temperature: Positive = 0.2  # 0.3 for H, 0.35 for 2B
+    k: Count = 20  # the neighbour is one of them at random
+    global_scale_min: Share = 0.25  # area of the 2 global views; that of local views lies below
+    local_views: Whole = 10  # 0: no multi-crop (Table 1f)
+    local_size: Count = 96  # pixels; 98 for patches of 14
+    local_scale_min: Share = 0.05
     color: bool = True  # A.2: --no_color for crop and flip alone, half the epochs
 
     # head initialisation: B.3, all else as above
-    head_epochs: float = 20
-    head_lr: float = 2e-4
+    head_epochs: Positive = 20
+    head_lr: Positive = 2e-4
 
     # ablations
     swap_negatives: bool = False  # Table 1e: NNCLR, negatives too are nearest neighbours
     authors_loss: bool = False  # softmax over predictions of a fixed neighbour, as in the authors' code
-    schedule: str = "constant"  # Table 1c, C.11: uniform_decay, staggered_decay, staggered_step, one_hot
+    schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"  # Table 1c
 
     # MAE pre-training, where no encoder is given: He et al. 2022, Table 8
-    mae_epochs: float = 1600
-    mae_batch: int = 4096
-    mae_lr: float = 1.5e-4
-    mae_warmup_epochs: float = 40
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    mae_epochs: Positive = 1600
+    mae_batch: Count = 4096
+    mae_lr: Positive = 1.5e-4
+    mae_warmup_epochs: Number = 40
+    decoder_dim: Count = 512
+    decoder_depth: Whole = 8
+    decoder_heads: Count = 16
 
-    knn_every: int = 5  # epochs between k-NN of the heads' blocks with a tenth of the data (Appendix E)
+    knn_every: Count = 5  # epochs between k-NN of the heads' blocks with a tenth of the data (Appendix E)
 
 
 # Table 10: Large, Huge and 2B, whatever the patch size
@@ -113,17 +114,20 @@ SHAPES = dict(
     local_views=4, local_size=24, knn_every=2,
 )  # fmt: skip
 
-GLOBAL_COLOURS = BYOL  # Table 10: "see BYOL"
 LOCAL_COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)  # the authors' code
 
 
 def presets(given):
     """Field values for the flags given: the model's columns of Table 10, the built-in run, A.2."""
-    size, patch = re.match(r"(?:vit_(2b|\D+)(\d*))?", given.get("model", "vit_l16")).groups()
-    row = dict(TABLE_10.get(size) or dict(heads=VIT_SIZES.get(size, (0, 24))[1] // 3))  # other sizes: the last third
+    size, patch = model_size(given.get("model", "vit_l16"))
+    row = {}
+    if size in TABLE_10:
+        row |= TABLE_10[size]
+    elif size in VIT_SIZES:
+        row |= dict(heads=VIT_SIZES[size][1] // 3)  # the last third
     if given.get("mim") == "data2vec2":
         row |= dict(epochs=20)
-    if patch == "14":
+    if patch == 14:
         row |= dict(local_size=98)
     if given.get("data", "shapes") == "shapes":
         row |= SHAPES
@@ -152,46 +156,48 @@ class HeadLinear(nn.Module):
         return x if self.bias is None else x + self.bias[:, None]
 
 
-def head_mlp(heads, *dims, batch_norm_first):
+def head_mlp(heads, *dims, batch_norm_first=False):
     """Linear-GELU-BatchNorm, …, Linear-BatchNorm for H heads at once (B.2); dims are widths from input to output."""
     layers = []
     for i, o in zip(dims, dims[1:-1]):
         between = [nn.GELU(), BatchNorm(heads, o)]
-        layers += [HeadLinear(heads, i, o), *(reversed(between) if batch_norm_first else between)]
+        if batch_norm_first:
+            between.reverse()
+        layers += [HeadLinear(heads, i, o), *between]
     return nn.Sequential(*layers, HeadLinear(heads, *dims[-2:], bias=False), BatchNorm(heads, dims[-1]))
 
 
 class IDHeads(nn.Module):
-    """Projectors, predictors and queues of H heads (B.2) as one module: a step has as many collectives for 8 as for 1."""
+    """Projectors, predictors and queues of H heads (B.2) as one module: a step has as many collectives for 8 as for 1.
+    `dim` is the encoder's width; `authors_head` puts BatchNorm before GELU."""
 
-    def __init__(self, heads, dim, s):
+    def __init__(self, heads, dim, projector_hidden=2048, predictor_hidden=4096, head_dim=256, queue=65536,
+                 authors_head=False):  # fmt: skip
         super().__init__()
-        first = s.authors_head
-        hidden = s.projector_hidden
-        self.projector = head_mlp(heads, dim, hidden, hidden, s.head_dim, batch_norm_first=first)
-        self.predictor = head_mlp(heads, s.head_dim, s.predictor_hidden, s.head_dim, batch_norm_first=first)
-        self.Q = Queue(s.queue, heads, s.head_dim)
+        self.projector = head_mlp(heads, dim, projector_hidden, projector_hidden, head_dim, batch_norm_first=authors_head)
+        self.predictor = head_mlp(heads, head_dim, predictor_hidden, head_dim, batch_norm_first=authors_head)
+        self.Q = Queue(queue, heads, head_dim)
 
-    def loss(self, y, index, labels, dice, s, k):
+    def loss(self, y, index, labels, dice, temperature, k, swap_negatives=False, authors_loss=False):
         """The NNA loss of each head, averaged over the pairs of views.
 
         y [N, V, H, D]: features of all views, the 2 global ones first; index, labels [N]; dice [N, 2] in [0, 1) for the
-        top-k sampling, common to the heads; s: Settings; k neighbours to choose from.
+        top-k sampling, common to the heads; k neighbours to choose from; the rest as `nearest_neighbor_alignment`.
 
         Returns:
-            losses [H], and a dict: z [H, N, d] of view 0 for the queue, and nn_accuracy [H], the share of neighbours that
-            are of the sample's class (Appendix E; of meaning where there are labels).
+            losses [H], and a dict: z [H, N, d] of view 0 for the queue, the detached losses, and nn_accuracy [H], the share
+            of neighbours that are of the sample's class (Appendix E; of meaning where there are labels).
         """
         n, views = y.shape[:2]
         projected = self.projector(y.flatten(0, 1).transpose(0, 1))  # [H, N · V, d], one BatchNorm batch
         p = normalize(self.predictor(projected)).unflatten(1, (n, views))  # [H, N, V, d]
-        z = normalize(projected.detach()).unflatten(1, (n, views))[:, :, :2].flatten(1, 2)  # [H, N · 2, d]
-        at = self.Q.lookup(z, index.repeat_interleave(2), k, dice.flatten().expand(len(z), -1))  # Eq. 2: [H, N · 2]
-        nn_z = self.Q.embeddings.gather(1, at[..., None].expand_as(z))
-        nn_accuracy = (self.Q.labels[at] == labels.repeat_interleave(2)).float().mean(1)
-        z, nn_z = z.unflatten(1, (n, 2)), nn_z.unflatten(1, (n, 2))
-        losses = nearest_neighbor_alignment(p, z, nn_z, s.temperature, s.swap_negatives, s.authors_loss)
-        return losses, dict(z=z[:, :, 0], nn_accuracy=nn_accuracy)
+        z = normalize(projected.detach()).unflatten(1, (n, views))[:, :, :2]  # [H, N, 2, d]
+        dice = dice.flatten().expand(len(z), -1)
+        at = self.Q.lookup(z.flatten(1, 2), index.repeat_interleave(2), k, dice).unflatten(1, (n, 2))  # Eq. 2: [H, N, 2]
+        nn_z = torch.stack([entries[a] for entries, a in zip(self.Q.embeddings, at)])  # [H, N, 2, d]
+        losses = nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives, authors_loss)
+        nn_accuracy = (self.Q.labels[at] == labels[:, None]).float().mean((1, 2))
+        return losses, dict(z=z[:, :, 0], losses=losses.detach(), nn_accuracy=nn_accuracy)
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -213,43 +219,49 @@ def nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives=False, au
     """
     n = p.shape[1]
     own = (torch.arange(n, device=p.device) + rank() * n).view(1, n, 1, 1)
-    everyone = lambda x: gather(x.transpose(0, 1)).transpose(0, 1)  # samples of all ranks: [H, M, …]
-    but = lambda x, i: torch.cat([x[:, :, :i], x[:, :, i + 1 :]], 2)  # all views but one
+    loss = 0
     with torch.autocast(p.device.type, enabled=False):
-        p, negatives = promote(p), promote(nn_z if swap_negatives else z)
-        columns = everyone(p if authors_loss else negatives)
-        losses = []
+        p = promote(p) / temperature
+        z = promote(nn_z if swap_negatives else z)
+        others = (p if authors_loss else z).transpose(0, 1)
+        others = gather(others).transpose(0, 1)  # the samples m of all ranks: [H, M, …]
         for i in (0, 1):
+            anchors = other_views(p, i)  # p_j: [H, N, V − 1, d]
             if authors_loss:
-                logits = torch.einsum("hnd,hmvd->hnvm", negatives[:, :, i], but(columns, i))
+                logits = torch.einsum("hnd,hmvd->hnvm", z[:, :, i], other_views(others, i))
             else:
-                logits = torch.einsum("hnvd,hmd->hnvm", but(p, i), columns[:, :, i])
-            positive = (but(p, i) * nn_z[:, :, i, None]).sum(-1, keepdim=True)  # [H, N, V − 1, 1]
-            logits = logits.scatter(-1, own.expand_as(positive), positive) / temperature
-            losses.append((logits.logsumexp(-1, keepdim=True) - positive / temperature).mean((1, 2, 3)))
-    return (losses[0] + losses[1]) / 2
+                logits = torch.einsum("hnvd,hmd->hnvm", anchors, others[:, :, i])
+            positive = (anchors * nn_z[:, :, i, None]).sum(-1, keepdim=True)  # [H, N, V − 1, 1]
+            logits = logits.scatter(-1, own.expand_as(positive), positive)
+            loss = loss + (logits.logsumexp(-1, keepdim=True) - positive).mean((1, 2, 3)) / 2
+    return loss
 
 
-def _fall(progress, begin):
-    """1, and from `begin` on half a cosine down to 0 at the end of the training."""
-    return 0.5 * (1 + math.cos(math.pi * max(0.0, progress - begin) / (1 - begin)))
+def other_views(x, i):
+    """[H, N, V, d] → [H, N, V − 1, d]: all views but i."""
+    return torch.cat([x[:, :, :i], x[:, :, i + 1 :]], 2)
 
 
-# Table 1c, C.11: a head's weight at a fraction t of the training. Of 20 epochs, the turns of the 7 heads below the last
-# begin at epochs 4, 6, … 16, and a turn lasts two; other lengths and numbers of heads in proportion.
-SCHEDULES = {
-    "constant": lambda t, turn, next_turn: 1.0,
-    "uniform_decay": lambda t, turn, next_turn: _fall(t, 0.2),
-    "staggered_decay": lambda t, turn, next_turn: _fall(t, turn),
-    "staggered_step": lambda t, turn, next_turn: float(t < turn),
-    "one_hot": lambda t, turn, next_turn: 0.1 if t < turn else float(t < next_turn),
-}
+def head_weight(schedule, t, turn, next_turn):
+    """A head's loss weight at a fraction t of the training (Table 1c, C.11), its turn being from `turn` to `next_turn`."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "staggered_step":
+        return float(t < turn)
+    if schedule == "one_hot":
+        return 0.1 if t < turn else float(t < next_turn)
+    begin = 0.2 if schedule == "uniform_decay" else turn
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, t - begin) / (1 - begin)))  # from `begin` on half a cosine down to 0
 
 
 def head_weights(schedule, progress, heads):
-    """Loss weights of the heads, a list, at a fraction `progress` of the training; the last block's is 1 throughout."""
-    turn = lambda h: 0.2 + 0.6 * h / max(heads - 2, 1)
-    return [SCHEDULES[schedule](progress, turn(h), turn(h + 1)) for h in range(heads - 1)] + [1.0]
+    """Loss weights of the heads, a list, at a fraction `progress` of the training; the last block's is 1 throughout.
+
+    Of 20 epochs, the turns of the 7 heads below the last begin at epochs 4, 6, … 16, and a turn lasts two; other lengths
+    and numbers of heads in proportion.
+    """
+    turns = [0.2 + 0.6 * h / max(heads - 2, 1) for h in range(heads)]
+    return [head_weight(schedule, progress, *turn) for turn in zip(turns, turns[1:])] + [1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -258,54 +270,60 @@ def head_weights(schedule, progress, heads):
 def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k):
     """Stage "refine"; stage "heads" is the same with all blocks frozen and k = 1 (B.3).
 
-    f: the encoder; blocks: those with a head, numbers from 1 in rising order, the last block among them.
-
-    Returns:
-        the EMA of the encoder.
+    f: the encoder; blocks: those with a head, numbers from 1 in rising order, the last block among them. Returns the EMA
+    of the encoder, f itself where all blocks are frozen.
     """
     s = run.settings
     f.freeze(frozen)
     tuned = frozen < f.depth
     ema = frozen_copy(f) if tuned else f
     peak = lr * s.batch / 256
-    groups = parameter_groups(heads, peak, s.head_weight_decay) + parameter_groups(f, peak, s.weight_decay, s.layer_decay)
+    groups = parameter_groups(heads, peak, s.head_weight_decay)
+    groups += parameter_groups(f, peak, s.weight_decay, s.layer_decay)
     optimizer = adamw(groups, zero=s.zero)  # beta 0.9, 0.95 (Table 10)
     views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
     views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
-    colours = GLOBAL_COLOURS + [LOCAL_COLOURS] * s.local_views if s.color else [None] * len(views)
-
-    def cls_tokens(x):
-        """Views of one resolution [N, V, 3, S, S] → [CLS] behind each head's block [N, V, H, D]."""
-        y = torch.stack([tokens[:, 0] for tokens in f(x.flatten(0, 1), blocks=blocks)], 1)
-        y = torch.cat([y[:, :-1], f.norm(y[:, -1:])], 1)  # the last block's alone
-        return y.unflatten(0, x.shape[:2])
+    colours = [None] * len(views)
+    if s.color:
+        colours = [*BYOL, *[LOCAL_COLOURS] * s.local_views]  # Table 10: "see BYOL"
 
     def encode(*resolutions):
-        return (torch.cat([cls_tokens(x) for x in resolutions], 1),), None
+        y = []
+        for x in resolutions:  # [N, V, 3, S, S]
+            cls = [tokens[:, 0] for tokens in f(x.flatten(0, 1), blocks=blocks)]
+            cls[-1] = f.norm(cls[-1])  # the last block's alone
+            y.append(torch.stack(cls, 1).unflatten(0, x.shape[:2]))  # [N, V, H, D]
+        return (torch.cat(y, 1),), None
 
-    for data in run.steps(stage, images, views, s.batch, epochs, dict(encoder=f, ema=ema, heads=heads, optimizer=optimizer)):
-        key = (s.seed, stage, run.step)
+    state = dict(encoder=f, ema=ema, heads=heads, optimizer=optimizer)
+    training = Training(run, stage, state, len(images), s.batch, epochs)
+    for data in training.batches(images, views):
+        key = (s.seed, stage, training.step)
         noise = uniform((*key, "colour"), data.rows, len(views), 13)
-        x = [augment(v, c, n) for v, c, n in zip(data.views, colours, noise.unbind(1))]
-        resolutions = [torch.stack(r, 1) for r in (x[:2], x[2:]) if r]  # global [N, 2, 3, S, S], local [N, 10, 3, s, s]
-        dice = uniform((*key, "dice"), data.rows, 2, device=run.device)
-        weights = head_weights(s.schedule if tuned else "constant", run.step / run.total, len(blocks))
+        x = list(map(augment, data.views, colours, noise.unbind(1)))
+        resolutions = tuple(torch.stack(r, 1) for r in (x[:2], x[2:]) if r)  # the global views, the local ones
+        dice = uniform((*key, "dice"), data.rows, 2, device=run.machine.device)
+        weights = head_weights(s.schedule if tuned else "constant", training.step / training.total, len(blocks))
 
         def objective(y):
-            losses, aux = heads.loss(y, data.index, data.labels, dice, s, k)
-            return sum(w * loss for w, loss in zip(weights, losses)), aux | dict(losses=losses.detach())
+            losses, aux = heads.loss(y, data.index, data.labels, dice, s.temperature, k, s.swap_negatives, s.authors_loss)
+            return sum(weight * loss for weight, loss in zip(weights, losses)), aux
 
-        loss, aux = backward(encode, objective, tuple(resolutions), s.micro_batch, run.precision)
-        log = dict(losses=aux["losses"])
+        # in one piece: loss, aux = objective(*encode(*resolutions)[0]); loss.backward()
+        loss, aux = backward(encode, objective, resolutions, s.micro_batch, run.machine.precision)
+        measured = dict(losses=aux["losses"])
         if images.classes:
-            log["nn_accuracy"] = aux["nn_accuracy"]
-        if val and tuned and (run.step + 1) % (s.knn_every * run.per_epoch) == 0:
-            log["knn"] = torch.tensor(knn_per_block(f, images, val, run, blocks, max(1000, len(images) // 10)))
-        factor = warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch, 1e-6 / peak)
-        if run.optimize(optimizer, loss, log, factor):
+            measured["nn_accuracy"] = aux["nn_accuracy"]
+        if val and tuned and (training.step + 1) % (s.knn_every * training.per_epoch) == 0:
+            bank = max(1000, len(images) // 10)
+            measured["knn"] = torch.tensor(knn_per_block(f, images, val, run.machine, blocks, bank))
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * training.per_epoch, 1e-6 / peak))
+        taken, log = training.take_step(optimizer, loss, **measured)
+        if taken:
             heads.Q.push(aux["z"], data.index, data.labels)
-            if tuned:
-                ema_update(ema, f, s.ema)
+            ema_update(ema, f, s.ema)
+        training.log(log)
+        training.save_if_due()
     return ema
 
 
@@ -315,88 +333,83 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
 def report(run, name, encoder, train, val):
     """k-NN of every block (Figure 3b), and of the last against the whole training set; linear probe; clusters of
     L2-normalised [CLS] (C.12). Into results.json under `name`."""
-    per_block = knn_per_block(encoder, train, val, run)
+    if not val or name in run.results:
+        return
+    per_block = knn_per_block(encoder, train, val, run.machine)
     print0(f"{name}: k-NN per block " + "  ".join(f"{b}: {v:.1f}" for b, v in enumerate(per_block, 1)))
-    (last,) = knn_per_block(encoder, train, val, run, [encoder.depth], bank=len(train))
-    values = evaluate(encoder, train, val, run, normalization="l2") | dict(knn=last, knn_per_block=per_block)
-    run.report(name, values)
+    (last,) = knn_per_block(encoder, train, val, run.machine, [encoder.depth], bank=len(train))
+    values = evaluate(encoder, train, val, run.machine, normalization="l2")
+    run.report(name, values | dict(knn=last, knn_per_block=per_block))
 
 
 def blocks_of(s, depth):
     """Numbers of the blocks with a head, from 1: those of --head_blocks, or the last `heads`."""
     if not s.head_blocks:
-        return list(range(depth + 1 - s.heads, depth + 1))
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", s.head_blocks):
-        raise InputError(f"--head_blocks {s.head_blocks}: write numbers and ranges, such as 20,24 or 17-24")
-    ends = [[int(n) for n in part.split("-")] for part in s.head_blocks.split(",")]
-    return [b for part in ends for b in range(part[0], part[-1] + 1)]
+        blocks = list(range(depth + 1 - s.heads, depth + 1))
+    else:
+        need(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", s.head_blocks),
+             f"--head_blocks {s.head_blocks}: write numbers and ranges, such as 20,24 or 17-24")  # fmt: skip
+        blocks = []
+        for part in s.head_blocks.split(","):
+            ends = part.split("-")
+            blocks += range(int(ends[0]), int(ends[-1]) + 1)
+    rising = blocks == sorted(set(blocks))
+    need(rising and blocks[-1:] == [depth] and blocks[0] > 0,
+         f"heads behind blocks {blocks}: expected rising numbers from 1 to the last block, {depth}")  # fmt: skip
+    return blocks
 
 
 def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, train, val (None without labels), encoder, decoder (None with --init), heads, their blocks.
+        settings, machine, train, val (None without labels), encoder, decoder (None with --init), heads, their blocks.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
-    if s.mim not in ("mae", "data2vec2"):
-        raise InputError(f"--mim {s.mim}: choose mae or data2vec2")
-    if s.mim == "data2vec2" and not s.init and not s.cost:
-        raise InputError("--mim data2vec2 refines a trained encoder: give it with --init FILE")
-    if s.schedule not in SCHEDULES:
-        raise InputError(f"--schedule {s.schedule}: choose from {', '.join(SCHEDULES)}")
-    if not s.local_scale_min < s.global_scale_min < 1:
-        raise InputError(f"--local_scale_min {s.local_scale_min:g} and --global_scale_min {s.global_scale_min:g}: "
-                         "rising fractions of the area are expected")  # fmt: skip
-    device = start()
+    need(s.mim == "mae" or s.init or s.cost, "--mim data2vec2 refines a trained encoder: give it with --init FILE")
+    need(s.local_scale_min < s.global_scale_min < 1,
+         f"--local_scale_min {s.local_scale_min:g} and --global_scale_min {s.global_scale_min:g}: "
+         "rising fractions of the area are expected")  # fmt: skip
+    need(s.k <= s.queue, f"--k {s.k}: expected no more than the queue of {s.queue}")
+    machine = start_machine(s.precision, s.workers)
     torch.manual_seed(s.seed)
-    encoder = build_vit(s.model, s.image_size, "cls", post_norm=s.mim == "data2vec2")
-    encoder.checkpoint_blocks = s.checkpoint_blocks
-    if s.init:
-        init_encoder(encoder, s.init)
-    if s.local_views and s.local_size % encoder.patch_size:
-        raise InputError(f"--local_size {s.local_size} is not divisible by the patch size {encoder.patch_size}")
+    encoder = new_encoder(s, post_norm=s.mim == "data2vec2")
+    need(not s.local_views or s.local_size % encoder.patch_size == 0,
+         f"--local_size {s.local_size} is not divisible by the patch size {encoder.patch_size}")  # fmt: skip
     blocks = blocks_of(s, encoder.depth)
-    if sorted(set(blocks)) != blocks or blocks[0] < 1 or blocks[-1] != encoder.depth:
-        raise InputError(f"heads behind blocks {blocks}: expected rising numbers from 1 to the last block, {encoder.depth}")
-    if s.frozen >= encoder.depth:
-        raise InputError(f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, nothing would be tuned")
-    if s.k > s.queue:
-        raise InputError(f"--k {s.k}: expected no more than the queue of {s.queue}")
+    need(s.frozen < encoder.depth, f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, nothing would be tuned")
     decoder = None
     if not s.init:
         check_masking(encoder.grid, 0.75)
-        decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
-        decoder.to(device)
-    heads = IDHeads(len(blocks), encoder.dim, s)
+        decoder = new_decoder(encoder, s).to(machine.device)
+    heads = IDHeads(len(blocks), encoder.dim, s.projector_hidden, s.predictor_hidden, s.head_dim, s.queue, s.authors_head)
     train, val = load_splits(s.data, val=not s.cost)
-    for batch, epochs in [(s.mae_batch, s.mae_epochs)] * (not s.init) + [(s.batch, s.head_epochs), (s.batch, s.epochs)]:
-        check_batch(s, train, batch, epochs)
-    if s.batch > s.queue:
-        raise InputError(f"--batch {s.batch} is larger than the queue of {s.queue}")
-    return s, device, train, val, encoder.to(device), decoder, heads.to(device), blocks
+    if decoder:
+        check_batch(s, train, s.mae_batch, s.mae_epochs)
+    check_batch(s, train, s.batch, s.head_epochs)
+    check_batch(s, train, s.batch, s.epochs)
+    need(s.batch <= s.queue, f"--batch {s.batch} is larger than the queue of {s.queue}")
+    return s, machine, train, val, encoder.to(machine.device), decoder, heads.to(machine.device), blocks
 
 
 def main(argv):
     """The three stages, an evaluation before and after where the data has labels, the closing table."""
-    s, device, train, val, encoder, decoder, heads, blocks = prepare(argv)
-    run = Run(s, device)
+    s, machine, train, val, encoder, decoder, heads, blocks = prepare(argv)
+    run = open_run(s, machine)
 
     if decoder:
         pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr,
                      warmup_epochs=s.mae_warmup_epochs)  # fmt: skip
         if rank() == 0 and not s.cost and not (run.folder / "mae.pt").exists():
             save_encoder(run.folder / "mae.pt", encoder)
-    if val and s.mim not in run.results:
-        report(run, s.mim, encoder, train, val)
+    report(run, s.mim, encoder, train, val)
 
     both = (encoder, heads, blocks, train, val)
     contrast(run, "heads", *both, epochs=s.head_epochs, lr=s.head_lr, frozen=encoder.depth, k=1)
     encoder = contrast(run, "refine", *both, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
     if rank() == 0 and not s.cost:
         save_encoder(run.folder / "encoder.pt", encoder)
-    if val and "mim_refiner" not in run.results:
-        report(run, "mim_refiner", encoder, train, val)
+    report(run, "mim_refiner", encoder, train, val)
     if val and rank() == 0:
         depth = range(1, encoder.depth + 1)
         curves = {name: (depth, row["knn_per_block"]) for name, row in run.results.items()}

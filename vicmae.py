@@ -23,15 +23,17 @@ Easy to get wrong:
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
 
 from common import (
-    BatchNorm, Colour, InputError, MAEDecoder, Run, RunSettings, View, adamw, augment, backward, batches, build_vit,
-    check_batch, check_masking, draw, gather, init_encoder, launch, load_splits, load_videos, mae_loss, normalize,
-    nt_xent, parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruct, save_encoder, start,
-    to_bytes, uniform, warmup_cosine, world,
+    BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training, View, Whole,
+    adamw, augment, backward, batches, check_batch, check_masking, draw_rows, gather, init_encoder, launch, load_splits,
+    load_videos, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, nt_xent, open_run, parameter_groups,
+    parse_settings, print0, promote, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine,
+    uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
@@ -45,27 +47,27 @@ class Settings(RunSettings):
     model: str = "vit_b16"
     methods: str = "vicmae"  # trained one after the other; also mae, and Table 2's simsiam and vicreg
 
-    epochs: float = 800
-    batch: int = 4096
-    lr: float = 1.5e-4  # at batch 256
-    weight_decay: float = 0.05
-    warmup_epochs: float = 40
-    crop_min: float = 0.5  # area of the random crops, up to 1
+    epochs: Positive = 800
+    batch: BatchSize = 4096
+    lr: Positive = 1.5e-4  # at batch 256
+    weight_decay: Number = 0.05
+    warmup_epochs: Number = 40
+    crop_min: Share = 0.5  # area of the random crops, up to 1
     flip: bool = True
-    contrast_weight: float = 0.025  # lambda
-    contrast_from: float = 200  # epoch from which lambda counts
+    contrast_weight: Number = 0.025  # lambda
+    contrast_from: Number = 200  # epoch from which lambda counts
 
-    gap: int = -1  # Table 4: frames; 0 is the same frame twice, -1 distant sampling
-    pooling: str = "mean"  # Omega, Table 5: mean, max, gem
+    gap: FromMinusOne = -1  # Table 4: frames; 0 is the same frame twice, -1 distant sampling
+    pooling: Literal["mean", "max", "gem"] = "mean"  # Omega, Table 5
     color: bool = False  # Table 6: colours of the target's frame
-    temperature: float = 0.1  # not printed; the authors' later code
+    temperature: Positive = 0.1  # not printed; the authors' later code
     projector_last: bool = False  # a last linear layer behind the projector's ReLU
     reconstruct_both: bool = False  # the authors' later code; Eq. 6 has the first frame alone
-    mask_ratio: float = 0.75  # not printed; MAE's
+    mask_ratio: Ratio = 0.75  # not printed; MAE's
     norm_pix: bool = True  # He et al. 2022
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    decoder_dim: Count = 512
+    decoder_depth: Whole = 8
+    decoder_heads: Count = 16
 
 
 # The built-in run: small enough for two CPU cores
@@ -80,9 +82,11 @@ COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0
 
 def presets(given):
     """Field values for the flags given: the built-in run; under --cost the step of the later epochs."""
-    row = dict(SHAPES) if given.get("data", "moving_shapes") == "moving_shapes" else {}
-    if row and given.get("short"):
-        row |= dict(epochs=20, warmup_epochs=2, contrast_from=5)
+    row = {}
+    if given.get("data", "moving_shapes") == "moving_shapes":
+        row |= SHAPES
+        if given.get("short"):
+            row |= dict(epochs=20, warmup_epochs=2, contrast_from=5)
     if given.get("cost"):
         row |= dict(contrast_from=0)
     return row
@@ -106,11 +110,10 @@ class Branch(nn.Module):
         self.pooling = pooling
         if pooling == "gem":
             self.power = nn.Parameter(torch.tensor([3.0]))
-        layers = [nn.Linear(dim, 2 * dim, bias=False)]
-        for _ in range(2):
-            layers += [nn.Linear(2 * dim, 2 * dim, bias=False), BatchNorm(2 * dim), nn.ReLU()]
+        wide = 2 * dim
+        layers = [nn.Linear(dim, wide, bias=False), *mlp_head(wide, wide, wide, last_norm=True), nn.ReLU()]
         if last:
-            layers.append(nn.Linear(2 * dim, last, bias=False))
+            layers.append(nn.Linear(wide, last, bias=False))
         self.projector = nn.Sequential(*layers)
 
     def pool(self, tokens):
@@ -120,7 +123,9 @@ class Branch(nn.Module):
             return cls
         if self.pooling == "max":
             return patches.amax(1)
-        return generalized_mean(patches, self.power) if self.pooling == "gem" else patches.mean(1)
+        if self.pooling == "gem":
+            return generalized_mean(patches, self.power)
+        return patches.mean(1)
 
     def forward(self, y):
         """Pooled features [N, D] → unit vectors."""
@@ -135,6 +140,20 @@ def generalized_mean(x, power):
         return ((x / top) ** power).mean(1) ** (1 / power) * top[:, 0]
 
 
+def models(s, method):
+    """Encoder, decoder and branch of a method, alike for all methods of a seed."""
+    torch.manual_seed(s.seed)
+    encoder = new_encoder(s, "mean")
+    decoder = new_decoder(encoder, s)
+    pooling = s.pooling
+    last = 2 * encoder.dim * s.projector_last
+    if method in ("simsiam", "vicreg"):
+        pooling = "cls"
+    if method == "simsiam":
+        last = encoder.dim
+    return encoder, decoder, Branch(encoder.dim, pooling, last)
+
+
 # --------------------------------------------------------------------------------------------------------- losses
 
 
@@ -143,8 +162,9 @@ def simsiam(p_i, z_i, p_j, z_j):
 
     p, z [N, D] of unit length: projected [CLS] of the frames i and j, and [CLS] itself.
     """
-    distance = lambda p, z: 2 - 2 * (p * z.detach()).sum(1)
-    return (distance(p_i, z_j) + distance(p_j, z_i)).mean() / 2
+    i_to_j = 2 - 2 * (p_i * z_j.detach()).sum(1)
+    j_to_i = 2 - 2 * (p_j * z_i.detach()).sum(1)
+    return (i_to_j + j_to_i).mean() / 2
 
 
 def vicreg(p, z, gamma=1.0, epsilon=1e-4, invariance=25.0, variance=25.0, covariance=1.0):
@@ -152,14 +172,16 @@ def vicreg(p, z, gamma=1.0, epsilon=1e-4, invariance=25.0, variance=25.0, covari
 
     gamma is Eq. 3's target of the standard deviation; the weights (lambda, mu, nu of Eq. 5) and epsilon are VICReg's own.
     """
-    p, z = gather(p), gather(z)
-    v = lambda x: (gamma - (x.var(0) + epsilon).sqrt()).relu().mean()  # Eq. 3
+
+    def v(x):  # Eq. 3
+        return (gamma - (x.var(0) + epsilon).sqrt()).relu().mean()
 
     def c(x):  # Eq. 4
         centred = x - x.mean(0)
         cov = centred.T @ centred / (len(x) - 1)
         return (cov.square().sum() - cov.diagonal().square().sum()) / x.shape[1]
 
+    p, z = gather(p), gather(z)
     with torch.autocast(p.device.type, enabled=False):
         distance = (p - z).square().sum(1).mean()
         return invariance * distance + variance * (v(p) + v(z)) + covariance * (c(p) + c(z))
@@ -171,11 +193,15 @@ def vicreg(p, z, gamma=1.0, epsilon=1e-4, invariance=25.0, variance=25.0, covari
 def pretrain(run, method, f, decoder, branch, videos):
     """L = L_MASK + lambda · L_NEG (3.3), or with one of 3.2's losses in its place; "mae" is MAE on random frames."""
     s = run.settings
+    device = run.machine.device
+    pair = method != "mae"
+    if not pair:
+        videos = replace(videos, gap=0)  # one frame, from anywhere
+    views = [View(s.image_size, (s.crop_min, 1.0), s.flip)] * (2 if pair else 1)
     peak = s.lr * s.batch / 256  # A
     groups = parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay)
     optimizer = adamw(groups, zero=s.zero)  # Table 7's momenta
     state = dict(encoder=f, decoder=decoder, branch=branch, optimizer=optimizer)
-    patches = math.prod(f.grid)
 
     def encode(x, noise):
         """Frames [N, F, 3, S, S], noise [N, F, L] → the pooled features of the F frames, the loss of Eq. 6 [N]."""
@@ -183,34 +209,37 @@ def pretrain(run, method, f, decoder, branch, videos):
         x = x.flatten(0, 1)  # a video's frames side by side
         ids_keep, ids_restore, mask = random_masking(noise.flatten(0, 1), s.mask_ratio)
         tokens = f(x, ids_keep)  # [N · F, 1 + K, D]
-        first = slice(None, None, 1 if s.reconstruct_both else frames)  # the first frame of each video
-        loss = mae_loss(decoder(tokens[first], ids_restore[first]), x[first], mask[first], s.norm_pix)
+        step = 1 if s.reconstruct_both else frames  # every frame, or the first of each video
+        loss = mae_loss(decoder(tokens[::step], ids_restore[::step]), x[::step], mask[::step], s.norm_pix)
         return branch.pool(tokens).unflatten(0, (n, frames)).unbind(1), loss.view(n, -1).mean(1)
 
-    def contrast(y_i, y_j):
+    def objective(y_i, y_j):
         p_i, p_j = branch(y_i), branch(y_j)  # BatchNorm over one frame of each video
         if method == "simsiam":
-            return simsiam(p_i, normalize(y_i), p_j, normalize(y_j))
-        return vicreg(p_i, p_j) if method == "vicreg" else nt_xent(p_i, p_j, s.temperature)  # Eq. 7
+            loss = simsiam(p_i, normalize(y_i), p_j, normalize(y_j))
+        elif method == "vicreg":
+            loss = vicreg(p_i, p_j)
+        else:
+            loss = nt_xent(p_i, p_j, s.temperature)  # Eq. 7
+        return s.contrast_weight * loss, dict(contrast=loss.detach())  # `backward` adds L_MASK
 
-    videos = replace(videos, gap=0) if method == "mae" else videos  # one frame, from anywhere
-    views = [View(s.image_size, (s.crop_min, 1.0), s.flip)] * (1 if method == "mae" else 2)
-    for data in run.steps(method, videos, views, s.batch, s.epochs, state):
-        key = (s.seed, method, run.step)
-        weight = 0.0 if method == "mae" or run.epoch < s.contrast_from else s.contrast_weight  # Table 7's schedule
+    training = Training(run, method, state, len(videos), s.batch, s.epochs)
+    for data in training.batches(videos, views):
+        key = (s.seed, method, training.step)
+        contrasts = pair and s.contrast_weight > 0 and training.epoch >= s.contrast_from  # Table 7's schedule
         x = [augment(data.views[0])]
-        if method != "mae" and (weight or s.reconstruct_both):
-            x.append(augment(data.views[1], COLOURS if s.color else None, uniform((*key, "colour"), data.rows, 13)))
-        noise = uniform((*key, "mask"), data.rows, 2, patches, device=run.device)[:, : len(x)]
+        if contrasts or pair and s.reconstruct_both:
+            colour = COLOURS if s.color else None
+            x.append(augment(data.views[1], colour, uniform((*key, "colour"), data.rows, 13)))
+        noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=device)[:, : len(x)]
 
-        def objective(y_i, y_j):
-            loss = contrast(y_i, y_j)
-            return weight * loss, loss.detach()
-
+        # in one piece: y, L_MASK = encode(*inputs); loss = objective(*y)[0] + L_MASK.mean(); loss.backward()
         inputs = (torch.stack(x, 1), noise)
-        loss, negative = backward(encode, objective if weight else None, inputs, s.micro_batch, run.precision)
-        factor = warmup_cosine(run.step, run.total, s.warmup_epochs * run.per_epoch)
-        run.optimize(optimizer, loss, dict(contrast=negative) if weight else {}, factor)
+        loss, aux = backward(encode, objective if contrasts else None, inputs, s.micro_batch, run.machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * training.per_epoch))
+        _, log = training.take_step(optimizer, loss, **(aux or {}))
+        training.log(log)
+        training.save_if_due()
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -219,95 +248,80 @@ def pretrain(run, method, f, decoder, branch, videos):
 def report(run, name, encoder, images, videos, frames=4):
     """Video-to-image transfer, by mean-pooled patches (`knn`, `probe`, …) and by [CLS]; linear probes of videos, by the
     mean of some frames' features, on the object and on its motion. Into results.json under `name`."""
+    machine = run.machine
     values = {}
     if images:
-        values = evaluate(encoder, *images, run)
-        sets = [t for split in images for t in features(encoder, split, run, pool="cls")]
-        values |= dict(knn_cls=knn(*sets)["knn"], probe_cls=cached_probe(*sets)["probe"])
+        train, val = images
+        values = evaluate(encoder, train, val, machine)
+        sets = *features(encoder, train, machine, pool="cls"), *features(encoder, val, machine, pool="cls")
+        values["knn_cls"] = knn(*sets)["knn"]
+        values["probe_cls"] = cached_probe(*sets)["probe"]
     if videos:
-        sets = [features(encoder, v.stills(frames), run) for v in videos]
-        x, test_x = (x.unflatten(0, (-1, frames)).mean(1) for x, _ in sets)
-        values["video_object"] = cached_probe(x, sets[0][1][::frames], test_x, sets[1][1][::frames])["probe"]
+        (x, y), (test_x, test_y) = (features(encoder, Stills(v, frames), machine) for v in videos)
+        x, test_x = (t.unflatten(0, (-1, frames)).mean(1) for t in (x, test_x))
+        values["video_object"] = cached_probe(x, y[::frames], test_x, test_y[::frames])["probe"]
         if videos[0].motions is not None:
-            motions = [v.motions.to(run.device) for v in videos]
-            values["video_motion"] = cached_probe(x, motions[0], test_x, motions[1])["probe"]
+            y, test_y = (v.motions.to(x.device) for v in videos)
+            values["video_motion"] = cached_probe(x, y, test_x, test_y)["probe"]
     if values:
         run.report(name, values)
 
 
 @torch.no_grad()
 def picture_pairs(path, encoder, decoder, videos, run):
-    """Eight pairs of frames, what the encoder sees of them, and the decoder's reconstructions."""
-    s, views = run.settings, [View(run.settings.image_size, (1.0, 1.0), flip=False)] * 2
+    """Eight pairs of frames, first i, then j: each, what the encoder sees of it, the decoder's reconstruction."""
+    s = run.settings
+    views = [View(s.image_size, (1.0, 1.0), flip=False)] * 2
     count = min(8, len(videos) // world()) * world()  # this rank's part of it is drawn
-    data = next(batches(videos, views, count, 0, 1, s.seed, run.device, 0, run.skipped))
-    noise = uniform((s.seed, "picture"), data.rows, 2, math.prod(encoder.grid), device=run.device)
+    data = next(batches(videos, views, count, 0, 1, s.seed, run.machine))
+    noise = uniform((s.seed, "picture"), data.rows, 2, math.prod(encoder.grid), device=run.machine.device)
     rows = []
-    for frame, view, n in zip("ij", data.views, noise.unbind(1)):
-        x = augment(view)
-        masked, restored = reconstruct(encoder, decoder, x, n, s.mask_ratio, s.norm_pix)
-        rows += [(f"frame {frame}", x), (f"{s.mask_ratio:.0%} removed", masked), ("reconstruction", restored)]
-    draw(path, [(caption, to_bytes(v), None) for caption, v in rows])
-
-
-def models(s, method):
-    """Encoder, decoder and branch of a method, alike for all methods of a seed."""
-    torch.manual_seed(s.seed)
-    encoder = build_vit(s.model, s.image_size, "mean")
-    encoder.checkpoint_blocks = s.checkpoint_blocks
-    if s.init:
-        init_encoder(encoder, s.init)
-    decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, s.decoder_dim, s.decoder_depth, s.decoder_heads)
-    if method == "simsiam":
-        return encoder, decoder, Branch(encoder.dim, "cls", last=encoder.dim)
-    pooling = "cls" if method == "vicreg" else s.pooling
-    return encoder, decoder, Branch(encoder.dim, pooling, last=2 * encoder.dim if s.projector_last else 0)
+    for view, n in zip(data.views, noise.unbind(1)):
+        rows += reconstruction_rows(encoder, decoder, augment(view), n, s.mask_ratio, s.norm_pix)
+    draw_rows(path, rows)
 
 
 def prepare(argv):
     """Everything that can be wrong with the input is found here, before the run folder is made.
 
     Returns:
-        settings, device, training videos, (training, validation) videos and images to evaluate on, or None.
+        settings, machine, training videos, (training, validation) videos and images to evaluate on, or None.
     """
     s = parse_settings(Settings, presets, argv, __doc__)
     methods = s.methods.split(",")
-    if not set(methods) <= {"mae", "simsiam", "vicreg", "vicmae"} or len(set(methods)) < len(methods):
-        raise InputError(f"--methods {s.methods}: choose some of mae,simsiam,vicreg,vicmae")
-    if s.pooling not in ("mean", "max", "gem"):
-        raise InputError(f"--pooling {s.pooling}: choose mean, max or gem")
-    if not s.mask_ratio:
-        raise InputError("--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
-    if s.contrast_from >= s.epochs and methods != ["mae"]:
-        raise InputError(f"--contrast_from {s.contrast_from:g} leaves no epoch of {s.epochs:g} to the contrast: choose fewer")
-    device = start()
-    check_masking(models(s, methods[0])[0].grid, s.mask_ratio)
-    train, val = load_splits(s.data, val=not s.cost, load=load_videos)
-    train.gap = s.gap
+    need(len({"mae", "simsiam", "vicreg", "vicmae"} & set(methods)) == len(methods),
+         f"--methods {s.methods}: choose some of mae,simsiam,vicreg,vicmae")  # fmt: skip
+    need(s.mask_ratio, "--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
+    need(s.contrast_from < s.epochs or methods == ["mae"],
+         f"--contrast_from {s.contrast_from:g} leaves no epoch of {s.epochs:g} to the contrast: choose fewer")  # fmt: skip
+    machine = start_machine(s.precision, s.workers)
+    encoder, _, _ = models(s, methods[0])
+    check_masking(encoder.grid, s.mask_ratio)
+    train, val = load_splits(s.data, val=not s.cost, load=load_videos, gap=s.gap)
     check_batch(s, train, s.batch, s.epochs)
     images = None
     if s.images and not s.cost:
         images = load_splits(s.images, labels=True)
-        if images[1] is None:
-            raise InputError(f"--images {s.images}: there is no val/ or test/ to evaluate on")
-    return s, device, train, (train, val) if val else None, images
+        need(images[1], f"--images {s.images}: there is no val/ or test/ to evaluate on")
+    return s, machine, train, (train, val) if val else None, images
 
 
 def main(argv):
     """Each method's training, evaluation and picture, and the closing table."""
-    s, device, train, videos, images = prepare(argv)
-    run = Run(s, device)
-    if not images and not videos and not s.cost:
+    s, machine, train, videos, images = prepare(argv)
+    run = open_run(s, machine)
+    if not (images or videos or s.cost):
         print0("nothing will be evaluated: --images names labelled images, or the videos need labels and a val/ folder")
     for method in s.methods.split(","):
-        encoder, decoder, branch = (m.to(device) for m in models(s, method))
-        path, done = run.folder / f"{method}.pt", method in run.finished
-        pretrain(run, method, encoder, decoder, branch, train)
-        if done:  # in the run that is resumed
+        encoder, decoder, branch = (m.to(machine.device) for m in models(s, method))
+        path = run.folder / f"{method}.pt"
+        if method in run.finished:  # before the run was resumed
             init_encoder(encoder, path)
-        elif rank() == 0 and not s.cost:
-            save_encoder(path, encoder)
-            picture_pairs(run.folder / f"{method}.png", encoder, decoder, train, run)
+        else:
+            pretrain(run, method, encoder, decoder, branch, train)
+            if rank() == 0 and not s.cost:
+                save_encoder(path, encoder)
+                picture_pairs(path.with_suffix(".png"), encoder, decoder, train, run)
         if method not in run.results and not s.cost:
             report(run, method, encoder, images, videos)
     if rank() == 0:
