@@ -142,18 +142,17 @@ def presets(given):
 
 
 class HeadLinear(nn.Module):
-    """H linear layers side by side, [H, N, in] → [H, N, out], as one batched matrix product; xavier-uniform, biases 0."""
+    """H linear layers side by side, [H, N, in] → [H, N, out], as one batched matrix product; xavier-uniform. They have no
+    bias, as in the authors' code: in B.2's order of GELU and BatchNorm one would not be idle, but B.2 is silent."""
 
-    def __init__(self, heads, dim_in, dim_out, bias=True):
+    def __init__(self, heads, dim_in, dim_out):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, dim_out, dim_in))
-        self.bias = nn.Parameter(torch.zeros(heads, dim_out)) if bias else None
         for w in self.weight:
             nn.init.xavier_uniform_(w)
 
     def forward(self, x):
-        x = x @ self.weight.mT
-        return x if self.bias is None else x + self.bias[:, None]
+        return x @ self.weight.mT
 
 
 def head_mlp(heads, *dims, batch_norm_first=False):
@@ -164,7 +163,7 @@ def head_mlp(heads, *dims, batch_norm_first=False):
         if batch_norm_first:
             between.reverse()
         layers += [HeadLinear(heads, i, o), *between]
-    return nn.Sequential(*layers, HeadLinear(heads, *dims[-2:], bias=False), BatchNorm(heads, dims[-1]))
+    return nn.Sequential(*layers, HeadLinear(heads, *dims[-2:]), BatchNorm(heads, dims[-1]))
 
 
 class IDHeads(nn.Module):
@@ -242,26 +241,28 @@ def other_views(x, i):
     return torch.cat([x[:, :, :i], x[:, :, i + 1 :]], 2)
 
 
-def head_weight(schedule, t, turn, next_turn):
-    """A head's loss weight at a fraction t of the training (Table 1c, C.11), its turn being from `turn` to `next_turn`."""
+def head_weight(schedule, t, begin, end):
+    """A head's loss weight at a fraction t of the training (Table 1c, C.11), its turn being from `begin` to `end`."""
     if schedule == "constant":
         return 1.0
     if schedule == "staggered_step":
-        return float(t < turn)
-    if schedule == "one_hot":
-        return 0.1 if t < turn else float(t < next_turn)
-    begin = 0.2 if schedule == "uniform_decay" else turn
-    return 0.5 * (1 + math.cos(math.pi * max(0.0, t - begin) / (1 - begin)))  # from `begin` on half a cosine down to 0
+        return float(t < end)
+    if schedule == "one_hot":  # weights as in the authors' configs, the paper has a figure
+        return 0.1 if t < begin else float(t < end)
+    fall = 0.2 if schedule == "uniform_decay" else end
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, t - fall) / (1 - fall)))  # from there on half a cosine down to 0
 
 
 def head_weights(schedule, progress, heads):
-    """Loss weights of the heads, a list, at a fraction `progress` of the training; the last block's is 1 throughout.
+    """Loss weights of the heads, a list, the lowest block's first, at a fraction `progress` of the training; the last
+    block's is 1 throughout.
 
-    Of 20 epochs, the turns of the 7 heads below the last begin at epochs 4, 6, … 16, and a turn lasts two; other lengths
-    and numbers of heads in proportion.
+    Of 20 epochs, the turns of the 7 heads below the last end at epochs 4, 6, … 16, each begins where the one before ends;
+    other lengths and numbers of heads in proportion.
     """
-    turns = [0.2 + 0.6 * h / max(heads - 2, 1) for h in range(heads)]
-    return [head_weight(schedule, progress, *turn) for turn in zip(turns, turns[1:])] + [1.0]
+    ends = [0.2 + 0.6 * h / max(heads - 2, 1) for h in range(heads - 1)]
+    turns = zip([0.0, *ends], ends)
+    return [head_weight(schedule, progress, begin, end) for begin, end in turns] + [1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
