@@ -1435,8 +1435,8 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
     """Loss of an MAE decoder of two blocks after every block of the frozen encoder (MIM-Refiner C.2, Figures 3d and 6).
 
     As in training from scratch (75 % masked, AdamW, lr · batch / 256, weight decay 0.05, crops of 0.2-1), but for 20
-    epochs, 5 of them warm-up (a quarter). All decoders learn side by side from one encoder pass a batch. Chosen: they read
-    a block's output before any norm; losses are those of center crops of `val`, all under one mask.
+    epochs, 5 of them warm-up (a quarter). Each decoder begins with a LayerNorm of its own (the authors' code); all learn
+    side by side from one encoder pass a batch. Chosen: losses are those of center crops of `val`, all under one mask.
 
     Returns:
         list of losses (normalised patches), block 1 first.
@@ -1445,11 +1445,12 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
     size = encoder.config["image_size"]
     patches = math.prod(encoder.grid)
     blocks = last_blocks(encoder, encoder.depth)
-    decoders = nn.ModuleList()
+    norms, decoders = nn.ModuleList(), nn.ModuleList()
     for _ in blocks:
+        norms.append(nn.LayerNorm(encoder.dim, eps=1e-6))
         decoders.append(MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, dim, 2, heads))
-    decoders.to(machine.device)
-    optimizer = adamw(parameter_groups(decoders, lr * batch / 256, 0.05))
+    learned = nn.ModuleList([norms, decoders]).to(machine.device)
+    optimizer = adamw(parameter_groups(learned, lr * batch / 256, 0.05))
     training = Training(Run(machine), "blocks", dict(optimizer=optimizer), len(train), batch, epochs)
 
     def losses(x, noise):
@@ -1457,9 +1458,9 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
         ids_keep, ids_restore, mask = random_masking(noise, 0.75)
         with torch.no_grad(), autocast(machine.device, machine.precision):
             tokens_by_block = encoder(x, ids_keep, blocks=blocks)
-        for decoder, tokens in zip(decoders, tokens_by_block):
+        for norm, decoder, tokens in zip(norms, decoders, tokens_by_block):
             with autocast(machine.device, machine.precision):
-                loss = mae_loss(decoder(tokens, ids_restore), x, mask)
+                loss = mae_loss(decoder(norm(tokens), ids_restore), x, mask)
             yield loss
 
     for data in training.batches(train, [View(size, (0.2, 1.0))]):
@@ -1521,12 +1522,12 @@ def run_blocks(
     return dict(knn=accuracies, reconstruction=losses, settings=settings) | result
 
 
-def effective_invariance(p, p_t):
+def effective_invariance(p, p_t, all_classes=False):
     """Of probabilities [N, C] of images and of their changed versions: √(p̂ p̂_t) of the predicted classes where these
-    agree, else 0: [N] (MAE-CT 4.4, after Deng et al. 2022)."""
-    p, c = p.max(-1)
-    p_t, c_t = p_t.max(-1)
-    return (p * p_t).sqrt() * (c == c_t)
+    agree, else 0: [N] (MAE-CT 4.4, after Deng et al. 2022). The text fits √(Σ p p_t) over all classes as well, which is
+    the authors' code's: `all_classes`."""
+    product = (p * p_t).sum(-1) if all_classes else p.amax(-1) * p_t.amax(-1)
+    return product.sqrt() * (p.argmax(-1) == p_t.argmax(-1))
 
 
 CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts are chosen
@@ -1540,8 +1541,8 @@ CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts 
 }  # fmt: skip
 
 
-def invariance(classifier, images, machine):
-    """Average effective invariance of a linear classifier to CHANGES (MAE-CT Table 6).
+def invariance(classifier, images, machine, all_classes=False):
+    """Average effective invariance of a linear classifier to CHANGES (MAE-CT Table 6); all_classes: see above.
 
     Returns:
         {"rotation", "colour"}: means over images and changes, between 0 and 1.
@@ -1553,7 +1554,7 @@ def invariance(classifier, images, machine):
         found = []
         for changes in CHANGES.values():
             changed = [classifier(standardise(change(pixels, amount))).softmax(-1) for change, amount in changes]
-            found.append(torch.stack([effective_invariance(p, p_t) for p_t in changed], 1))
+            found.append(torch.stack([effective_invariance(p, p_t, all_classes) for p_t in changed], 1))
         return tuple(found)
 
     found, _ = outputs(invariances, images, classifier.encoder.config["image_size"], machine)
@@ -1564,11 +1565,12 @@ def run_invariance(
     job,
     *,
     classifier: Path | None = None,  # probe.pt or finetuned.pt; default: probe.pt beside the encoder
+    all_classes: bool = False,  # multiply the probabilities of all classes, as the authors' code, not of the predicted one
 ):
     """Effective invariance of a classifier to rotations and to changes of colour (MAE-CT Table 6), on the validation
     images."""
     train, val = load_splits(job.data)
-    return invariance(job.load_classifier(classifier), val or train, job.machine)
+    return invariance(job.load_classifier(classifier), val or train, job.machine, all_classes)
 
 
 def histograms(x, bins=64):
@@ -1578,12 +1580,13 @@ def histograms(x, bins=64):
     return (counts / math.prod(x.shape[2:])).flatten(1)
 
 
-def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1):
+def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softmax=False):
     """Histogram prediction error: how badly linear probes tell an image's colour histogram from [CLS] after each block
     (MAE-CT A.4, Figure 3).
 
     One probe a block, side by side: BatchNorm without weights, 192 outputs, L1 loss, otherwise as Table 11 with 10 epochs,
-    one of them warm-up, and a rate of 0.1 (at batch 256). The histogram is that of the very crop the encoder sees.
+    one of them warm-up, and a rate of 0.1 (at batch 256). The histogram is that of the very crop the encoder sees. The
+    text regresses it; with `softmax` a channel's 64 outputs go through one first (the authors' code).
 
     Returns:
         list of errors in percent of those of a uniform prediction, on center crops of `val`; block 1 first.
@@ -1604,6 +1607,8 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1):
             cls = torch.cat([promote(pooled(encoder, part, blocks, "cls")) for part in x.split(256)])  # [n, blocks, D]
         with torch.autocast(device.type, enabled=False):
             prediction = norm(cls.transpose(0, 1)) @ weight + bias  # [blocks, n, 192]
+            if softmax:
+                prediction = prediction.unflatten(-1, (3, 64)).softmax(-1).flatten(-2)
         return (prediction - truth).abs().mean(2).T, (1 / 64 - truth).abs().mean(1)
 
     for data in training.batches(train, [View(size, (0.08, 1.0))]):
@@ -1626,12 +1631,13 @@ def run_colorhist(
     epochs: Count = 10,
     batch: BatchSize | None = None,  # default 1024, on the built-in images 64
     lr: Positive = 0.1,  # at batch 256
+    softmax: bool = False,  # over a channel's 64 outputs, as the authors' code
 ):
     """Histogram prediction error of every block (MAE-CT A.4, Figure 3), with a picture of it."""
     train, val = job.load_labelled()
     batch = batch or default_batch(64 if job.data == "shapes" else 1024, train)
     check_batch(RunSettings(data=job.data), train, batch, epochs)
-    errors = colorhist(job.encoder, train, val, job.machine, epochs, batch, lr)
+    errors = colorhist(job.encoder, train, val, job.machine, epochs, batch, lr, softmax)
     if rank() == 0:
         curve = {"histogram prediction error": (list(range(1, len(errors) + 1)), errors)}
         draw_curves(job.file("colorhist.png"), curve, "block", "% of a uniform guess")

@@ -72,6 +72,7 @@ class Settings(RunSettings):
     head_dim: Count = 256
     head_weight_decay: Number = 1e-5
     nn_lookup: bool = True  # Table 4: without it, z itself is the positive
+    stop_gradient: bool = False  # without the lookup: none to z; the authors' heads without a queue let it through
 
     # stage head: 4.1, A.2
     head_epochs: Positive = 20
@@ -153,27 +154,29 @@ class NNCLRHead(nn.Module):
         self.g_m = frozen_copy(self.g)
         self.Q = Queue(queue, head_dim)
 
-    def loss(self, y1, y2, index, labels, dice, temperature, k, nn_lookup=True, oracle=False):
+    def loss(self, y1, y2, index, labels, dice, temperature, k, nn_lookup=True, oracle=False, stop_gradient=False):
         """The symmetrised InfoNCE loss of Algorithm 1 (Eq. 1-2).
 
-        y1, y2 [N, D]: features of two views; index, labels [N]; dice [N, 2] in [0, 1) for the top-k sampling.
+        y1, y2 [N, D]: features of two views; index, labels [N]; dice [N, 2] in [0, 1) for the top-k sampling. Without
+        nn_lookup z takes the place of its neighbour, with its gradient unless stop_gradient.
 
         Returns:
-            loss (scalar), and a dict: z1 [N, head_dim] for the queue, and nn_accuracy, the share of neighbours of the
-            sample's class (of meaning where there are labels).
+            loss (scalar), and a dict: z1 [N, head_dim] for the queue, and nn_accuracy, the share of nearest neighbours of
+            the sample's class (of meaning where there are labels).
         """
         p1 = normalize(self.h(self.g(y1)))  # predictor path; BatchNorm per view
         p2 = normalize(self.h(self.g(y2)))
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not nn_lookup and not stop_gradient):
             z1 = normalize(self.g_m(y1))  # NN path
             z2 = normalize(self.g_m(y2))
-            of_class = labels if oracle else None
-            at1 = self.Q.lookup(z1, index, k, dice[:, 0], of_class)
-            at2 = self.Q.lookup(z2, index, k, dice[:, 1], of_class)
+        at1 = self.Q.lookup(z1, index, k, dice[:, 0])
+        nn_accuracy = (self.Q.labels[at1] == labels).float().mean()
+        if oracle:
+            at1 = self.Q.lookup(z1, index, k, dice[:, 0], labels)
+        at2 = self.Q.lookup(z2, index, k, dice[:, 1], labels if oracle else None)
+        nn1, nn2 = z1, z2
+        if nn_lookup:
             nn1, nn2 = self.Q.embeddings[at1], self.Q.embeddings[at2]
-            nn_accuracy = (self.Q.labels[at1] == labels).float().mean()
-        if not nn_lookup:
-            nn1, nn2 = z1, z2
         loss = info_nce(nn1, p2, temperature) / 2 + info_nce(nn2, p1, temperature) / 2
         return loss, dict(z1=z1, nn_accuracy=nn_accuracy)
 
@@ -213,7 +216,9 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
         dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
         def objective(y1, y2):
-            return head.loss(y1, y2, data.index, data.labels, dice, temperature, k, s.nn_lookup, oracle)
+            return head.loss(
+                y1, y2, data.index, data.labels, dice, temperature, k, s.nn_lookup, oracle, s.stop_gradient
+            )
 
         # in one piece: loss, aux = objective(*encode(x1, x2, noise)[0]); loss.backward()
         loss, aux = backward(encode, objective, (x1, x2, noise), s.micro_batch, run.machine.precision)
@@ -254,7 +259,7 @@ def combined_pretraining(run, f, decoder, head, images):
         dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
         def objective(y1, y2):
-            loss, aux = head.loss(y1, y2, data.index, data.labels, dice, s.head_temperature, 1, s.nn_lookup)
+            loss, aux = head.loss(y1, y2, data.index, data.labels, dice, s.head_temperature, 1, s.nn_lookup, False, s.stop_gradient)
             return s.combined_weight * loss, aux | dict(nnclr=loss.detach())
 
         # in one piece: y, mae = encode(x1, x2, noise); loss, aux = objective(*y); (loss + mae.mean()).backward()
