@@ -762,7 +762,7 @@ def autocast(device, precision):
 def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     """AdamW groups of the trainable parameters: {"params", "peak_lr", "weight_decay"}.
 
-    No weight decay on biases, norms and tokens. For a ViT, block i = 0 … depth − 1 learns with
+    No weight decay on biases, norms, tokens and positions. For a ViT, block i = 0 … depth − 1 learns with
     lr · layer_decay^(depth − i), the stem with layer_decay^(depth + 1), the final norm with lr.
     """
     groups = {}
@@ -771,7 +771,7 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
         if not p.requires_grad:
             continue
         power = layers_above(name, module.depth) if layer_decay != 1 else 0
-        decays = p.ndim >= 2 and p not in norms and not name.endswith(("bias", "_token"))
+        decays = p.ndim >= 2 and p not in norms and not name.endswith(("bias", "_token", "pos_embed"))
         decay = weight_decay if decays else 0.0
         group = dict(params=[], peak_lr=lr * layer_decay**power, weight_decay=decay)
         groups.setdefault((power, decay), group)["params"].append(p)
@@ -2158,7 +2158,7 @@ class Run:
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
         self.results[name] = values
-        if rank() == 0:
+        if rank() == 0 and self.folder:
             write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1).encode())
 
     def take_checkpoint(self, stage, state, count):

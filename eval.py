@@ -86,7 +86,7 @@ class Job:
         """The Classifier of a file, by default of probe.pt beside the encoder, where the job runs."""
         return load_classifier(path or self.file("probe.pt"), self.image_size).to(self.machine.device)
 
-    def open_run(self, config):
+    def open_run(self, config, clip_grad=0.0):
         """The Run of a long protocol, in a folder of its own; to resume it, all its settings `config` must be the same."""
         folder = self.file(f"{self.protocol}.run")
         path = folder / "protocol.json"
@@ -97,7 +97,8 @@ class Job:
         elif rank() == 0:
             need(not any(folder.glob("*.pt")), f"{folder} holds a run that was stopped: add --resume, or delete the folder")
             shutil.rmtree(folder, ignore_errors=True)
-        run = open_run(RunSettings(data=self.data, out=str(folder), resume=self.resume), self.machine)
+        settings = RunSettings(data=self.data, out=str(folder), resume=self.resume, clip_grad=clip_grad)
+        run = open_run(settings, self.machine)
         if rank() == 0:
             write_atomic(path, config.encode())
         return run
@@ -146,6 +147,27 @@ def of_classes(images, path):
     numbers = [number[name] for name in names]
     kept = torch.isin(images.labels, torch.tensor(numbers)).nonzero()[:, 0]
     return images.subset(kept, [images.classes[i] for i in numbers])
+
+
+def label_splits(train, shots, fraction, splits, lists, seed=0):
+    """Training sets of few labels: the images of each of `lists`; or `splits` draws of `shots` images of every class or of a
+    `fraction` of them; else the whole set alone."""
+    if lists:
+        indices = [indices_listed_in(path, train) for path in lists]
+    elif shots or fraction:
+        draws = range(seed, seed + splits)
+        indices = [draw_per_class(train.labels, (draw, "drawn"), shots, fraction) for draw in draws]
+    else:
+        return [train]
+    return [train.subset(index) for index in indices]
+
+
+def mean_of_splits(results, name):
+    """Results of several training sets as one: the last's, with the mean of `name`, its deviation and the single values."""
+    values = [result[name] for result in results]
+    if len(values) == 1:
+        return results[0]
+    return results[-1] | {name: float(np.mean(values)), "std": float(np.std(values)), "by_split": values}
 
 
 def default_batch(batch, images, pairs=False):
@@ -538,7 +560,7 @@ def new_candidates(sets, classes, how):
 
 
 def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=None, loss=cross_entropy,
-          score=accuracy):  # fmt: skip
+          score=accuracy, stage="probe"):  # fmt: skip
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
     batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
@@ -569,7 +591,7 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
         weights = test_x.new_tensor(rates)
 
     state = dict(heads=heads, optimizer=optimizer)
-    training = Training(run, "probe", state, count, how.batch, how.epochs)
+    training = Training(run, stage, state, count, how.batch, how.epochs)
     warmup = round(how.warmup * training.total)
     for x, y in training.steps(stream(training)):
         losses = loss(torch.cat([head(x) for head in heads]), y)  # of each candidate
@@ -661,17 +683,27 @@ def run_probe(
     last: Count = 1,  # last blocks side by side, several before the final norm
     both: bool = False,  # [CLS] and the patches' mean side by side (MAE-CT Table 15)
     cached: bool = False,  # one unaugmented pass instead of crops and flips
+    shots: Count | None = None,  # training images of every class (MIM-Refiner C.6: 1); default: all
+    splits: Count = 1,  # draws of these, each probed by itself; means are reported (C.6: 3)
+    lists: list[Path] = (),  # instead: files with names of training images, one a line; a split each
 ):
-    """Linear probing with a recipe, on random crops or on cached features; writes the best probe as probe.pt."""
+    """Linear probing with a recipe, on random crops or on cached features; writes the best probe (of the last split) as
+    probe.pt."""
     plain = last == 1 and not both
     need(plain or not PROBE_RECIPES[recipe].grid, f"--recipe {recipe} tries features of its own: leave out --last and --both")
+    need(not (shots and lists), "--shots and --lists: choose one")
     train, val = job.load_labelled()
     how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool="both" if both else None, cached=cached)
-    run = Run(job.machine) if cached else job.open_run(how)
-    result, classifier = linear_probe(job.encoder, train, val, run, **how)
-    if rank() == 0:
-        classifier.save(job.file("probe.pt"))
-    return result
+    run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
+    for i, images in enumerate(label_splits(train, shots, None, splits, lists)):
+        stage = f"probe {i + 1}"
+        if stage in run.results:  # of before the run was resumed
+            continue
+        result, classifier = linear_probe(job.encoder, images, val, run, **how, stage=stage)
+        if rank() == 0:
+            classifier.save(job.file("probe.pt"))
+        run.report(stage, result)
+    return mean_of_splits(list(run.results.values()), "probe")
 
 
 # --------------------------------------------------------------------------------------------------------- few labels
@@ -795,8 +827,11 @@ class FineTuning:
     warmup: Fraction = 0.05  # share of the steps: 5 epochs
     batch: BatchSize = 1024  # of all processes
     lr: Positive = 1e-3  # at batch 256
+    min_lr: Number = 0.0  # at which the cosine ends
+    clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
     weight_decay: Number = 0.05
     layer_decay: Share = 0.75
+    positions: bool = False  # the position table learns too (MIM-Refiner's code); MAE's is fixed
     drop_path: Ratio = 0.1
     label_smoothing: Fraction = 0.1
     randaugment: Whole = 2  # layers; 0: none
@@ -811,7 +846,8 @@ class FineTuning:
 
 
 CROP_FLIP = dict(randaugment=0, mixup=0.0, cutmix=0.0, erasing=0.0)
-RECIPES = ("mae", "lowshot", "crop_flip", "inat18", "can", "cmae", "partial", "vicmae", "vicmae_subset", "shapes")
+RECIPES = ("mae", "lowshot", "crop_flip", "mim_refiner_1", "mim_refiner_10", "inat18", "can", "cmae", "partial", "vicmae",
+           "vicmae_subset", "shapes")  # fmt: skip
 
 
 def recipe(name, dim):
@@ -820,10 +856,13 @@ def recipe(name, dim):
         mae            MAE-CT A.3: drop path 0.1 / 0.2 / 0.3 for B / L / H; MIM-Refiner C.9 and He et al.: 0.1 / 0.1 / 0.2
         lowshot        10 % of ImageNet's labels: MAE-CT Table 12
         crop_flip      1 % and 10 % of the labels for MAE-CT: A.3 (--lr 1e-2 for MAE's ViT-H)
+        mim_refiner_1, mim_refiner_10    1 % and 10 % of the labels: MIM-Refiner C.5, which refers to its code
         inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12; without its resizing to 256 before the crop
         can            CAN Table 10
-        cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's; --lr 5e-4 after 300 epochs of pre-training
-        partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50, 100, 200 epochs for each --blocks
+        cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's, layer decay and last lr of the authors' configs;
+                       --lr 5e-4 after 300 epochs of pre-training
+        partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50, 100, 200 epochs for each --blocks from
+                       1; with 0 it is linear probing: eval.py probe
         vicmae         ViC-MAE Table 8; Table 1
         vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
         shapes         the built-in images in a minute or two: chosen on MAE's encoder
@@ -839,13 +878,20 @@ def recipe(name, dim):
     if dim >= 1280:
         mae_ct, he = 0.3, 0.2
     few = CROP_FLIP | size | dict(batch=512, layer_decay=layer_decay)
+    refiner = CROP_FLIP | size | dict(batch=512, lr=3e-5, drop_path=0.0, positions=True)
+    refiner_10 = refiner | dict(randaugment=2)
+    if dim >= 1280:
+        refiner |= dict(weight_decay=0.4)
+        refiner_10 = size | dict(batch=256, lr=1e-3, drop_path=0.2, positions=True)
     return {
         "mae": size | dict(drop_path=mae_ct),
         "lowshot": few | dict(lr=3e-5, drop_path=0.0, randaugment=2),
         "crop_flip": few | dict(lr=1e-3, drop_path=mae_ct),
-        "inat18": CROP_FLIP | dict(epochs=50, warmup=0.1, batch=256, drop_path=0.0),
+        "mim_refiner_1": refiner,
+        "mim_refiner_10": refiner_10,
+        "inat18": CROP_FLIP | dict(epochs=50, warmup=0.1, batch=256, drop_path=0.0, positions=True),
         "can": dict(lr=5e-4, weight_decay=0.005, layer_decay=0.65, mixup=0.0, cutmix=0.0),
-        "cmae": dict(lr=2.5e-4, drop_path=he),
+        "cmae": dict(lr=2.5e-4, drop_path=he, layer_decay=0.65, min_lr=1e-6),
         "partial": size | dict(blocks=1, drop_path=he),
         "vicmae": dict(cutmix=0.0, erasing=0.0),
         "vicmae_subset": CROP_FLIP,
@@ -973,10 +1019,11 @@ def check_tuning(s, encoder):
     need(even or not (s.mixup or s.cutmix), f"--batch {s.batch}: Mixup and CutMix pair images, so a process's must be even")
 
 
-def trainable_copy(encoder, blocks):
-    """A copy of an encoder whose last `blocks` blocks with the final norm can learn; −1: all of it."""
+def trainable_copy(encoder, s):
+    """A copy of an encoder whose last `s.blocks` blocks with the final norm can learn; −1: all of it."""
     encoder = copy.deepcopy(encoder)
-    encoder.freeze(encoder.depth - blocks if blocks >= 0 else 0)
+    encoder.freeze(encoder.depth - s.blocks if s.blocks >= 0 else 0)
+    encoder.pos_embed.requires_grad_(s.positions and s.blocks < 0)
     return encoder
 
 
@@ -990,7 +1037,7 @@ class Series(list):
         self[:] = state["values"]
 
 
-def tune(classifier, feature, stream, count, validate, s, run):
+def tune(classifier, feature, stream, count, validate, s, run, stage="finetune"):
     """The loop of fine-tuning (He et al. Table 9): AdamW with betas 0.9 and 0.999, lr · batch / 256, linear warm-up, cosine
     to 0, layer-wise decay and drop path in the encoder, cross-entropy with smoothed labels. No EMA.
 
@@ -1008,7 +1055,7 @@ def tune(classifier, feature, stream, count, validate, s, run):
     optimizer = adamw(groups, betas=(0.9, 0.999))
     by_epoch = Series()
     state = dict(classifier=classifier, optimizer=optimizer, accuracy=by_epoch)
-    training = Training(run, "finetune", state, count, s.batch, s.epochs)
+    training = Training(run, stage, state, count, s.batch, s.epochs)
 
     def encode(x, target, drop):
         logits = promote(classifier.head(feature(x, drop)))
@@ -1021,7 +1068,7 @@ def tune(classifier, feature, stream, count, validate, s, run):
             drop = drop_path(s.drop_path, noise)
         # in one piece: encode(x, target, drop)[1].mean().backward()
         loss, _ = backward(encode, None, (x, target, drop), s.micro_batch, run.machine.precision)
-        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total))
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
         _, means = training.take_step(optimizer, loss)
         training.log(means)
         done = training.step + 1
@@ -1032,7 +1079,7 @@ def tune(classifier, feature, stream, count, validate, s, run):
     return {"finetune": by_epoch[-1], "finetune_by_epoch": list(by_epoch)}
 
 
-def finetune(encoder, train, val, run, s):
+def finetune(encoder, train, val, run, s, stage="finetune"):
     """Fine-tuning of an encoder (He et al. 2022, A.1; MAE-CT A.3), of its last `s.blocks` blocks with the final norm (He et
     al. 4.3; CMAE 4.5), or, with 0 blocks, of the classifier alone.
 
@@ -1041,12 +1088,12 @@ def finetune(encoder, train, val, run, s):
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: labelled Images; run: a Run, which keeps checkpoints if it has
-        a folder; s: FineTuning.
+        a folder; s: FineTuning; stage: its name in the run.
     Returns:
         what `tune` returns and {"blocks"}; the Classifier after the last epoch.
     """
     check_tuning(s, encoder)
-    encoder = trainable_copy(encoder, s.blocks)
+    encoder = trainable_copy(encoder, s)
     size = encoder.config["image_size"]
     torch.manual_seed(s.seed)
     classifier = Classifier(encoder, train.classes).to(run.machine.device)
@@ -1065,7 +1112,7 @@ def finetune(encoder, train, val, run, s):
     def validate():
         return accuracy(*outputs(classifier, val, size, run.machine))
 
-    result = tune(classifier, feature, stream, len(train), validate, s, run)
+    result = tune(classifier, feature, stream, len(train), validate, s, run, stage)
     return result | {"blocks": s.blocks}, classifier
 
 
@@ -1084,24 +1131,30 @@ def run_finetune(
     *,
     recipe: Literal[RECIPES] | None = None,  # default mae; shapes for the built-in images
     fraction: Share | None = None,  # of the training images, drawn class by class
-    list: Path | None = None,  # file with names of training images, one a line
+    shots: Count | None = None,  # instead: training images of every class (MIM-Refiner C.6: 5, 10)
+    splits: Count = 1,  # draws of these, each tuned on by itself; means are reported (C.5, C.6: 3)
+    lists: list[Path] = (),  # instead: files with names of training images, one a line; a split each
     **given,
 ):
-    """Fine-tuning (He et al. 2022, A.1; MAE-CT A.3); writes finetuned.pt, the classifier after the last epoch."""
-    need(not (fraction and list), "--fraction and --list: choose one")
+    """Fine-tuning (He et al. 2022, A.1; MAE-CT A.3), also with few labels; writes finetuned.pt, the classifier after the last
+    epoch (of the last split)."""
+    need((fraction is not None) + (shots is not None) + bool(lists) <= 1, "--fraction, --shots and --lists: choose one")
     train, val = job.load_labelled()
-    if list:
-        train = train.subset(indices_listed_in(list, train))
-    if fraction:
-        train = train.subset(draw_per_class(train.labels, (given.get("seed", 0), "drawn"), fraction=fraction))
+    sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
-    s = given_settings(given, train, job.data, name, job.encoder)
+    s = given_settings(given, sets[0], job.data, name, job.encoder)
     settings = dict(recipe=name) | dataclasses.asdict(s)
-    run = job.open_run(settings | dict(fraction=fraction, list=list))
-    result, classifier = finetune(job.encoder, train, val, run, s)
-    if rank() == 0:
-        classifier.save(job.file("finetuned.pt"))
-    return {"images": len(train)} | result | {"settings": settings}
+    run = job.open_run(settings | dict(fraction=fraction, shots=shots, splits=splits, lists=lists), s.clip_grad)
+    for i, images in enumerate(sets):
+        stage = f"finetune {i + 1}"
+        if stage in run.results:  # of before the run was resumed
+            continue
+        result, classifier = finetune(job.encoder, images, val, run, s, stage)
+        if rank() == 0:
+            classifier.save(job.file("finetuned.pt"))
+        run.report(stage, result)
+    result = mean_of_splits(list(run.results.values()), "finetune")
+    return {"images": len(sets[-1])} | result | {"settings": settings}
 
 
 # --------------------------------------------------------------------------------------------------------- clustering
@@ -2186,7 +2239,7 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
     """
     machine = run.machine
     size = encoder.config["image_size"]
-    encoder = trainable_copy(encoder, s.blocks)
+    encoder = trainable_copy(encoder, s)
     torch.manual_seed(s.seed)
     classifier = ClipClassifier(encoder, len(train.classes), frames, how).to(machine.device)
     nn.init.normal_(classifier.head.weight, std=2e-5)
