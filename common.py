@@ -31,6 +31,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1598,8 +1599,9 @@ def decode(images, order, cut, machine):
         collate_fn=collate,
         worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
+        prefetch_factor=1 if machine.workers > 2 else None,  # batches that a worker holds in shared memory
     )
-    for views, index, bad in loader:
+    for views, index, bad in watched(loader):
         if views is None:
             raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
         for name, why in bad:
@@ -1607,6 +1609,19 @@ def decode(images, order, cut, machine):
                 print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
             machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
         yield [v.to(device, non_blocking=True) for v in views], index.to(device, non_blocking=True)
+
+
+def watched(loader):
+    """Yields a loader's batches; the death of a worker becomes an error that names the remedy."""
+    try:
+        yield from loader
+    except RuntimeError as e:
+        if "worker" not in str(e):
+            raise
+        raise InputError(
+            f"a decoding process ended ({str(e).splitlines()[0]}): for too little memory choose fewer --workers, or "
+            "--workers 0; in a container give more shared memory (docker run --shm-size 16g)"
+        ) from e
 
 
 @dataclass
@@ -1934,8 +1949,9 @@ class RunSettings:
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
-# what changes no result, and may differ when a run is resumed
+# what may differ when a run is resumed: what changes no result, and what helps after a divergence
 FREE_ON_RESUME = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")
+REMEDIES = ("precision", "clip_grad", "lr", "mae_lr", "head_lr", "ct_head_lr")
 
 
 def parse_settings(cls, presets, argv, description):
@@ -1981,7 +1997,8 @@ def resumed_settings(cls, given):
     need(not odd, f"{config} does not fit this program ({', '.join(odd[:4])}): "
                   "resume with the program and version that wrote it, or start a new run")  # fmt: skip
     for name, value in given.items():
-        need(name in FREE_ON_RESUME or saved.get(name) == value,
+        free = name in FREE_ON_RESUME + REMEDIES and not (name.endswith("lr") and value > saved[name])
+        need(free or saved.get(name) == value,
              f"--{name} {value} contradicts {config}, which says {saved.get(name)}; leave the flag out")  # fmt: skip
     return check_settings(cls(**{**saved, **given}))
 
@@ -2089,7 +2106,8 @@ def check_masking(grid, *ratios):
 def new_encoder(s, pool="cls", **kind):
     """The encoder that settings ask for, with the weights of --init; `kind` as of build_vit."""
     encoder = build_vit(s.model, s.image_size, pool, checkpoint_blocks=s.checkpoint_blocks, **kind)
-    if s.init:
+    has_checkpoint = s.resume and any((Path(s.out) / name).exists() for name in CHECKPOINTS)  # with the encoder's weights
+    if s.init and not has_checkpoint:
         init_encoder(encoder, s.init)
     return encoder
 
@@ -2097,16 +2115,24 @@ def new_encoder(s, pool="cls", **kind):
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def open_run(settings, machine):
-    """Makes the folder of a run (--out, or a fresh numbered one), or opens it to go on with --resume, and writes config.json."""
+CHECKPOINTS = ("last.pt", "previous.pt")
+
+
+def open_run(settings, machine, command=None):
+    """Makes the folder of a run (--out, or a fresh numbered one), or opens it to go on with --resume, and writes config.json.
+    `command`: the words of the command line that resumes it, if not this program with --out and --resume."""
     folder = [str(make_folder(settings))] if rank() == 0 else [""]
     if world() > 1:
         dist.broadcast_object_list(folder, device=machine.device)
     folder = Path(folder[0])
-    run = Run(machine, settings, folder)
-    if rank() == 0 and not settings.resume:
-        config = dataclasses.asdict(settings) | dict(out=str(folder), resume=False)
-        write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+    config = dataclasses.asdict(settings) | dict(out=str(folder), resume=False)
+    changes = {}
+    if settings.resume:
+        before = read_json(folder / "config.json", "restore it, or start a new run")
+        changes = {name: config[name] for name in REMEDIES if name in config and config[name] != before.get(name)}
+    run = Run(machine, settings, folder, changes, command or [sys.argv[0], "--out", str(folder), "--resume"])
+    if rank() == 0 and (changes or not settings.resume):
+        write_atomic(folder / "config.json", to_json(config))
     if world() > 1:
         dist.barrier()
         need(settings.cost or (folder / "config.json").exists(),
@@ -2145,10 +2171,12 @@ class Run:
     Without a folder nothing is kept: for trainings that are too short to be stopped.
     """
 
-    def __init__(self, machine, settings=None, folder=None):
+    def __init__(self, machine, settings=None, folder=None, changes=None, command=()):
         self.machine = machine
+        self.command = command  # that resumes it, without the interpreter
         self.settings = settings or RunSettings()
         self.folder = folder
+        self.changes = changes or {}  # settings that are others since the run was resumed
         self.checkpoint = read_checkpoint(folder) if self.settings.resume else None
         self.finished = self.checkpoint["finished"] if self.checkpoint else []  # stages
         self.results = {}
@@ -2159,7 +2187,7 @@ class Run:
         """Adds a dict of final numbers to results.json under `name`."""
         self.results[name] = values
         if rank() == 0 and self.folder:
-            write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1).encode())
+            write_atomic(self.folder / "results.json", to_json(self.results))
 
     def take_checkpoint(self, stage, state, count):
         """Loads the checkpoint of a stage into its state; returns the step to go on with, 0 without one."""
@@ -2177,9 +2205,13 @@ class Run:
 
     def write_checkpoint(self, stage, step, state, count):
         """Saves the state of a stage before its step number `step`; the checkpoint before becomes previous.pt."""
-        for part in state.values():
+        for name, part in state.items():
             if isinstance(part, ZeroOptimizer):
                 part.consolidate_state_dict()  # on rank 0
+            if isinstance(part, nn.Module):
+                odd = [key for key, v in part.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+                need(not odd, f"after step {step} of {stage} weights are not finite ({name}: {', '.join(odd[:3])}); the "
+                              f"checkpoint before is kept in {self.folder}")  # fmt: skip
         if rank() == 0:
             states = {name: part.state_dict() for name, part in state.items()}
             content = dict(stage=stage, step=step, count=count, finished=self.finished, state=states)
@@ -2192,6 +2224,13 @@ class Run:
         if stage not in self.finished:
             self.finished = [*self.finished, stage]
 
+    def how_to_resume(self):
+        """What to type to go on from the last checkpoint."""
+        program = ["python"]
+        if world() > 1:
+            program = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world()))]
+        return f"go on with {shlex.join([*program, *self.command])}"
+
     def close(self):
         """Prints the table of results.json, one row a stage."""
         print_table(self.results)
@@ -2202,7 +2241,7 @@ class Run:
 def read_checkpoint(folder):
     """The newest checkpoint of a run, None before the first; if it is damaged, the error offers the one before it. A kill
     amid the two renamings of a save leaves previous.pt alone."""
-    last, previous = folder / "last.pt", folder / "previous.pt"
+    last, previous = (folder / name for name in CHECKPOINTS)
     path = last if last.exists() else previous
     if not path.exists():
         return None
@@ -2216,6 +2255,54 @@ def read_checkpoint(folder):
         command = shlex.join(["mv", str(previous), str(last)] if older else ["rm", str(path)])
         what = "the checkpoint before it is whole: go on from that" if older else "there is no other: begin anew"
         raise InputError(f"{str(e).splitlines()[0]}; {what} after `{command}`, with --resume") from e
+
+
+class StopSignals:
+    """SIGTERM and SIGINT while a training runs, within `with`: the first is told to `save_if_due`, which ends the program after
+    the step in progress. If no step is in progress, since the data do not come (a dead disk), the program ends some
+    seconds later with exit status 1, and at a second signal at once."""
+
+    def __init__(self, stage, hint):
+        self.stage, self.hint = stage, hint
+        self.told = self.waiting = False
+        self.handlers = {}
+
+    def __enter__(self):
+        reactions = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
+        self.handlers = {number: signal.signal(number, reaction) for number, reaction in reactions.items()}
+
+    def __exit__(self, *error):
+        signal.alarm(0)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def wait_for(self, stream):
+        """The next item of an iterator, None at its end."""
+        self.waiting = True
+        try:
+            return next(stream, None)
+        finally:
+            self.waiting = False
+
+    def on_signal(self, number, frame):
+        """The first or the second."""
+        if self.told:
+            self.end("by a second signal")
+        self.told = True
+        signal.alarm(5)
+
+    def on_alarm(self, number, frame):
+        """Some seconds after the first."""
+        if self.waiting:
+            self.end("while it waited for data")
+        signal.alarm(1)
+
+    def end(self, how):
+        """Ends the program and its decoding processes, whatever they do; the last checkpoint is whole."""
+        print(f"\n{self.stage} was stopped {how}; {self.hint}", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
 
 
 class Training:
@@ -2243,7 +2330,8 @@ class Training:
         self.total = max(1, round(epochs * self.per_epoch))
         self.step = self.total if stage in run.finished else run.take_checkpoint(stage, state, count)  # the next, or in progress
         self.skipped_in_a_row = 0
-        self.signalled = self.stop = False  # this process was told to end; some process was
+        self.stop = False  # some process was told to end
+        self.signals = StopSignals(stage, run.how_to_resume())
         self.progress = Progress(stage, self.total, self.step, batch)
         self.log_file = None
 
@@ -2263,23 +2351,22 @@ class Training:
 
     def steps(self, stream):
         """Counts what `stream` yields: it begins with the step that is to come first and ends with the last."""
-        handlers = {}
+        stream = iter(stream)
+        listening = contextlib.nullcontext()
         if self.run.folder:
             self.log_file = self.open_log()
-            handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            listening = self.signals
         try:
-            for self.step, data in zip(itertools.count(self.step), stream):
-                yield data
+            with listening:
+                for self.step in itertools.count(self.step):
+                    data = self.signals.wait_for(stream)
+                    if data is None:
+                        break
+                    yield data
         finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
             if self.log_file:
                 self.log_file.close()
         self.run.finish(self.stage)
-
-    def on_signal(self, number, frame):
-        """SIGTERM or SIGINT: `save_if_due` ends the program."""
-        self.signalled = True
 
     def take_step(self, optimizer, loss, **values):
         """Averages gradients over ranks, clips them and steps; what is not finite is skipped, on all ranks. Ten skipped steps
@@ -2295,7 +2382,7 @@ class Training:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.run.settings.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.settings.clip_grad, norm)
-        stop = torch.tensor(float(self.signalled))
+        stop = torch.tensor(float(self.signals.told))
         means = self.average(dict(loss=loss, grad_norm=norm, stop=stop, **values))  # the one wait for the device in a step
         self.stop = means.pop("stop") > 0  # all ranks agree
         taken = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
@@ -2346,8 +2433,7 @@ class Training:
         if self.stop or done % every == 0 or done == self.total:
             self.run.write_checkpoint(self.stage, done, self.state, self.count)
         if self.stop and done < self.total:
-            flags = f"--out {self.run.folder} --resume"
-            print0(f"\nstopped after step {done} of {self.total} ({self.stage}); go on with {sys.argv[0]} {flags}")
+            print0(f"\nstopped after step {done} of {self.total} ({self.stage}); {self.run.how_to_resume()}")
             raise SystemExit(0)
 
     def open_log(self):
@@ -2362,15 +2448,24 @@ class Training:
                 earlier = entry["stage"] == self.stage and entry["step"] < self.step
                 if earlier or entry["stage"] in self.run.finished:
                     keep.append(line + "\n")
+        if self.run.changes:
+            keep.append(json.dumps(dict(stage=self.stage, step=self.step, changed=self.run.changes)) + "\n")
         write_atomic(path, "".join(keep).encode())
         return open(path, "ab", buffering=0)
 
 
 def finite(value):
-    """A number, or a list of them, with None for what is not finite: JSON has no NaN."""
-    if isinstance(value, list):
+    """A number, or a list or dict of values, with None for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(content):
+    """Text in UTF-8; what JSON does not know (paths) as text."""
+    return json.dumps(finite(content), indent=1, default=str).encode()
 
 
 def compile_blocks(state):
@@ -2495,7 +2590,8 @@ def print_table(rows):
     columns = [name for name, v in next(iter(rows.values())).items() if not isinstance(v, list)]
     print0(" " * 15 + "".join(f"{name:>15}" for name in columns))
     for name, row in rows.items():
-        print0(f"{name:>15}" + "".join(f"{row[column]:15.1f}" for column in columns))
+        values = [math.nan if row[column] is None else row[column] for column in columns]
+        print0(f"{name:>15}" + "".join(f"{value:15.1f}" for value in values))
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -2532,6 +2628,8 @@ def init_encoder(encoder, path):
 
 def load_encoder_state(encoder, state, side, path):
     """Loads weights whose position table has a grid of side x side."""
+    odd = [name for name, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    need(not odd, f"{path}: weights are not finite ({', '.join(odd[:3])})")
     if state["pos_embed"].shape[-1] == encoder.dim:
         state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
     load_state(encoder, state, str(path))

@@ -25,6 +25,8 @@ import math
 import os
 import random
 import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,13 +46,13 @@ from torchvision.transforms.v2 import RandomErasing
 from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, BatchSize, Count, Fraction, FromMinusOne, Images, MAEDecoder, MEAN, MOTIONS, Machine, Number, Parser,
-    Positive, Ratio, Run, RunSettings, SUFFIXES, Share, Training, ViT, View, Whole, adamw, add_flag, augment,
-    autocast, backward, batches, check_batch, check_settings, check_value, class_labels, comments, crop_box, decode,
-    draw_curves, draw_per_class, draw_rows, file_names, find_files, gather, launch, load_encoder, load_file,
+    BatchNorm, BatchSize, Count, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS, Machine,
+    Number, Parser, Positive, Ratio, Run, RunSettings, SUFFIXES, Share, Training, ViT, View, Whole, adamw, add_flag,
+    augment, autocast, backward, batches, check_batch, check_settings, check_value, class_labels, comments, crop_box,
+    decode, draw_curves, draw_per_class, draw_rows, file_names, find_files, gather, launch, load_encoder, load_file,
     load_images, load_splits, load_state, load_videos, mae_loss, need, open_run, parameter_groups, print0, progress,
     promote, random_masking, rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
-    start_machine, to_bytes, to_uint8, torchvision_dataset, uniform, unstandardise, warmup_cosine, world,
+    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, uniform, unstandardise, warmup_cosine, world,
     write_atomic,
 )  # fmt: skip
 
@@ -70,11 +72,49 @@ class Job:
     resume: bool = False
     image_size: int | None = None  # where it was given
     pool: str | None = None  # likewise
+    out: Path | None = None  # folder of the results; None: the encoder's
+    number: int = 1  # of the results: 1 2 … where others are of other data
 
-    def file(self, name):
-        """Where a result goes: `name` beside encoder.pt, mae_`name` beside mae.pt, and so on."""
-        stem = self.path.stem
-        return self.path.with_name(name if stem == "encoder" else f"{stem}_{name}")
+    def file(self, name, number=None):
+        """Where a result goes: `name` beside encoder.pt, mae_`name` beside mae.pt, and so on; with the number of results from
+        the second on."""
+        number = number or self.number
+        if number > 1:
+            name = f"{Path(name).stem}_{number}{Path(name).suffix}"
+        if self.path.stem != "encoder":
+            name = f"{self.path.stem}_{name}"
+        return (self.out or self.path.parent) / name
+
+    def find_place(self):
+        """The job with the number of its results: the first that no result of other data has. An error before any work if
+        nothing can be written there."""
+        folder = self.out or self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            raise InputError(f"no result can be written to {folder} ({e.strerror}): choose another folder with --out") from e
+        number = 1
+        while True:
+            path = self.file(f"{self.protocol}.json", number)
+            if not path.exists():
+                break
+            settings = read_json(path, "delete it, or choose another folder with --out").get("settings")
+            if isinstance(settings, dict) and settings.get("data") == self.data:
+                break
+            number += 1
+        return dataclasses.replace(self, number=number)
+
+    def save(self, classifier, name):
+        """Writes a classifier, in a temporary folder if it cannot be written where it should be."""
+        if rank() > 0:
+            return
+        try:
+            classifier.save(self.file(name))
+        except InputError as e:
+            path = Path(tempfile.mkdtemp()) / name
+            classifier.save(path)
+            print0(f"{e}\nThe classifier is in {path}")
 
     def load_labelled(self):
         """(training, validation images) of the data, both with labels."""
@@ -84,7 +124,7 @@ class Job:
 
     def load_classifier(self, path=None):
         """The Classifier of a file, by default of probe.pt beside the encoder, where the job runs."""
-        return load_classifier(path or self.file("probe.pt"), self.image_size).to(self.machine.device)
+        return load_classifier(path or self.file("probe.pt", 1), self.image_size).to(self.machine.device)
 
     def open_run(self, config, clip_grad=0.0):
         """The Run of a long protocol, in a folder of its own; to resume it, all its settings `config` must be the same."""
@@ -98,7 +138,8 @@ class Job:
             need(not any(folder.glob("*.pt")), f"{folder} holds a run that was stopped: add --resume, or delete the folder")
             shutil.rmtree(folder, ignore_errors=True)
         settings = RunSettings(data=self.data, out=str(folder), resume=self.resume, clip_grad=clip_grad)
-        run = open_run(settings, self.machine)
+        command = [*sys.argv, "--resume"] if not self.resume else sys.argv
+        run = open_run(settings, self.machine, command)
         if rank() == 0:
             write_atomic(path, config.encode())
         return run
@@ -240,11 +281,17 @@ def outputs(function, images, size, machine, index=None):
         with autocast(machine.device, machine.precision):
             parts.append(function(augment(x)))
         used.append(at)
-    labels = images.labels.to(machine.device)[gather(torch.cat(used))[: len(index)]]
+    used = gather(torch.cat(used))[: len(index)]
+    labels = images.labels.to(machine.device)[used]
     found = join(parts)
-    if isinstance(found, tuple):
-        return tuple(gather(part)[: len(index)] for part in found), labels
-    return gather(found)[: len(index)], labels
+    whole = [gather(part)[: len(index)] for part in (found if isinstance(found, tuple) else [found])]
+    for values in whole:
+        finite = values.flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
+        if not finite.all():
+            first = used[finite.logical_not()][0].item()
+            raise InputError(f"what the encoder says of {len(finite) - finite.sum()} of {len(finite)} images is not finite, "
+                             f"first of {images.name(first)}: try --precision float32, or look at the weights")  # fmt: skip
+    return (tuple(whole) if isinstance(found, tuple) else whole[0]), labels
 
 
 @torch.no_grad()
@@ -700,8 +747,7 @@ def run_probe(
         if stage in run.results:  # of before the run was resumed
             continue
         result, classifier = linear_probe(job.encoder, images, val, run, **how, stage=stage)
-        if rank() == 0:
-            classifier.save(job.file("probe.pt"))
+        job.save(classifier, "probe.pt")
         run.report(stage, result)
     return mean_of_splits(list(run.results.values()), "probe")
 
@@ -1150,8 +1196,7 @@ def run_finetune(
         if stage in run.results:  # of before the run was resumed
             continue
         result, classifier = finetune(job.encoder, images, val, run, s, stage)
-        if rank() == 0:
-            classifier.save(job.file("finetuned.pt"))
+        job.save(classifier, "finetuned.pt")
         run.report(stage, result)
     result = mean_of_splits(list(run.results.values()), "finetune")
     return {"images": len(sets[-1])} | result | {"settings": settings}
@@ -2298,7 +2343,7 @@ def evaluate(encoder, train, val, machine, normalization="standardize"):
     x, y = features(encoder, train, machine)
     test_x, test_y = features(encoder, val, machine)
     clusters, _ = cluster(test_x, test_y, normalization=normalization, precision=machine.precision)
-    values = dict(knn=knn(x, y, test_x, test_y)["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
+    values = dict(knn=knn(x, y, test_x, test_y, ks=[min(10, len(x))])["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
 
@@ -2318,13 +2363,14 @@ def start_job(
     pool: Literal["cls", "mean"] | None = None,  # default: the encoder's
     precision: Literal["auto", "float32", "bfloat16"] = "auto",  # auto: bfloat16 where the hardware has units for it
     workers: FromMinusOne = -1,  # decoding processes; −1: one for each core, at most 12
+    out: Path | None = None,  # folder of the results; default: the encoder's
     resume: bool = False,  # go on with what was stopped (probe, finetune, segment, video)
     **of_protocol,
 ):
     """The Job of a subcommand, from the flags that all have; and the other flags."""
     machine = start_machine(precision, workers)
     model = load_encoder(encoder, image_size, pool).to(machine.device).requires_grad_(False)
-    return Job(model, encoder, data, machine, protocol, resume, image_size, pool), of_protocol
+    return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out).find_place(), of_protocol
 
 
 def add_flags(parser, function):
@@ -2388,8 +2434,7 @@ def main(argv):
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
     print_result(result)
     if rank() == 0:
-        content = json.dumps(dict(settings=settings) | result, indent=1, default=str)  # paths as text
-        write_atomic(job.file(f"{protocol}.json"), content.encode())
+        write_atomic(job.file(f"{protocol}.json"), to_json(dict(settings=settings) | result))
     job.close_run()
 
 
