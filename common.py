@@ -2221,7 +2221,7 @@ class Run:
 
     def finish(self, stage):
         """Notes that a stage is behind the run."""
-        if stage not in self.finished:
+        if self.folder and stage not in self.finished:
             self.finished = [*self.finished, stage]
 
     def how_to_resume(self):

@@ -41,6 +41,7 @@ from scipy.special import betaincinv, gammaln
 from scipy.stats import entropy, rankdata
 from scipy.stats.contingency import crosstab
 from torch import nn
+from torch.linalg import matrix_norm
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomErasing
 from torchvision.transforms.v2 import functional as v2
@@ -162,16 +163,16 @@ def indices_listed_in(path, images):
     """Indices of the images that a file names, one a line: SimCLRv2's 1 % and 10 % of ImageNet, MSN's 1, 2 or 5 images a
     class. A line is a file's name or the end of its path (n01440764/n01440764_10026.JPEG)."""
     need(images.files is not None, f"{path}: a list of files needs a folder of files as --data")
-    files = ["/" + os.fsdecode(file) for file in images.files]
-    indices_by_name = {}
-    for i, file in enumerate(files):
-        indices_by_name.setdefault(os.path.basename(file), []).append(i)
-    indices = []
-    for line in read_lines(path):
-        found = [i for i in indices_by_name.get(os.path.basename(line), []) if files[i].endswith("/" + line)]
+    indices = {line: [] for line in read_lines(path)}
+    for i, file in enumerate(images.files):
+        parts = os.fsdecode(file).split("/")
+        for first in range(len(parts)):
+            end = "/".join(parts[first:])
+            if end in indices:
+                indices[end].append(i)
+    for line, found in indices.items():
         need(len(found) == 1, f"{path}: {line} names {len(found)} images of the training set, expected one")
-        indices += found
-    return torch.tensor(indices)
+    return torch.tensor(list(indices.values()))[:, 0]
 
 
 def of_classes(images, path):
@@ -181,10 +182,9 @@ def of_classes(images, path):
         return images
     number = {str(c): i for i, c in enumerate(images.classes)}
     names = read_lines(path)
-    unknown = [name for name in names if name not in number]
-    fault = f"{unknown[0]!r} is no class" if unknown else "fewer than two classes"
-    has = ", ".join(list(number)[:5])
-    need(not unknown and len(set(names)) > 1, f"{path}: {fault}; the data has {has}, …")
+    for name in names:
+        need(name in number, f"{path}: {name!r} is no class; the data has {', '.join(list(number)[:5])}, …")
+    need(len(set(names)) > 1, f"{path}: fewer than two classes")
     numbers = [number[name] for name in names]
     kept = torch.isin(images.labels, torch.tensor(numbers)).nonzero()[:, 0]
     return images.subset(kept, [images.classes[i] for i in numbers])
@@ -257,13 +257,6 @@ def center_views(images, size, machine, index, batch=256):
         yield views[0], used
 
 
-def join(parts):
-    """A list of tensors [n, …] → [N, …], at least float32; a list of tuples of them → a tuple."""
-    if isinstance(parts[0], tuple):
-        return tuple(join(column) for column in zip(*parts))
-    return promote(torch.cat(parts))
-
-
 @torch.no_grad()
 def outputs(function, images, size, machine, index=None):
     """A function of every image, unaugmented, in one pass: ([N, …], at least float32; labels [N]), both on the device.
@@ -281,28 +274,28 @@ def outputs(function, images, size, machine, index=None):
         with autocast(machine.device, machine.precision):
             parts.append(function(augment(x)))
         used.append(at)
+
+    def whole(parts):  # of all ranks
+        if isinstance(parts[0], tuple):
+            return tuple(whole(column) for column in zip(*parts))
+        return gather(promote(torch.cat(parts)))[: len(index)]
+
     used = gather(torch.cat(used))[: len(index)]
-    labels = images.labels.to(machine.device)[used]
-    found = join(parts)
-    whole = [gather(part)[: len(index)] for part in (found if isinstance(found, tuple) else [found])]
-    for values in whole:
-        finite = values.flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
-        if not finite.all():
-            first = used[finite.logical_not()][0].item()
-            raise InputError(f"what the encoder says of {len(finite) - finite.sum()} of {len(finite)} images is not finite, "
-                             f"first of {images.name(first)}: try --precision float32, or look at the weights")  # fmt: skip
-    return (tuple(whole) if isinstance(found, tuple) else whole[0]), labels
+    found = whole(parts)
+    need_finite(found, images, used)
+    return found, images.labels.to(machine.device)[used]
 
 
-@torch.no_grad()
-def augmented(function, stream, machine):
-    """A function, say the encoder's features, of the crops of Batches: yields ([n, …] or a tuple of such, labels [n])."""
-    for data in stream:
-        parts = []
-        for x in data.views[0].split(256):  # in pieces: on CPUs faster by 40 % (fewer page faults), and less memory
-            with autocast(machine.device, machine.precision):
-                parts.append(function(augment(x)))
-        yield join(parts), data.labels
+def need_finite(found, images, used):
+    """An error if values [N, …] of the images `used` [N], or of a tuple of such, are not finite."""
+    if isinstance(found, tuple):
+        for part in found:
+            need_finite(part, images, used)
+        return
+    odd = found.isfinite().logical_not().view(len(found), -1).any(1)
+    if odd.any():
+        raise InputError(f"what the encoder says of {odd.sum()} of {len(odd)} images is not finite, first of "
+                         f"{images.name(used[odd][0].item())}: try --precision float32, or look at the weights")  # fmt: skip
 
 
 def pool_tokens(tokens, pool):
@@ -511,68 +504,47 @@ PROBE_RECIPES = {
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in the
-    form that MAE has for linear probes of large batches (CAN, Table 11).
+    form that MAE has for linear probes of large batches (CAN, Table 11), which knows no weight decay.
 
-        g ← g + weight_decay · w;  g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
+        g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
 
-    Vectors (biases, norms), and groups with trust 0, skip the first two. Where ‖w‖ or ‖g‖ is 0 the ratio is 1.
+    w may be [P, C, D], P matrices, and trust of shape [P, 1, 1], a list. Vectors, and groups with trust 0, skip the first
+    step; where ‖w‖ or ‖g‖ is 0 the ratio is 1.
     """
 
     def __init__(self, groups):
-        super().__init__(groups, dict(lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001))
+        super().__init__(groups, dict(lr=0.0, momentum=0.9, trust=0.001))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 g = p.grad
-                if p.ndim > 1 and group["trust"]:
-                    g = g + group["weight_decay"] * p
-                    ratio = group["trust"] * p.norm() / g.norm()
+                if p.ndim > 1:
+                    ratio = matrix_norm(p, keepdim=True) / matrix_norm(g, keepdim=True) * p.new_tensor(group["trust"])
                     g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(group["lr"] * m.mul_(group["momentum"]).add_(g))
 
 
 class Probes(nn.Module):
-    """P linear classifiers behind one non-affine BatchNorm, of `dim` columns of x [N, …] from `first` on: [P, N, C];
-    weights start at normal(0.01), biases at 0."""
+    """P linear classifiers behind one non-affine BatchNorm: [N, D] → [P, N, C]; weights normal(0.01), biases 0."""
 
-    def __init__(self, probes, dim, classes, first=0):
+    def __init__(self, probes, dim, classes):
         super().__init__()
-        self.columns = slice(first, first + dim)
         self.norm = BatchNorm(dim, affine=False)
         self.weight = nn.Parameter(torch.empty(probes, classes, dim).normal_(std=0.01))
         self.bias = nn.Parameter(torch.zeros(probes, classes))
 
     def forward(self, x):
-        x = self.norm(x[:, self.columns])
-        logits = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())  # one product, not P
+        logits = F.linear(self.norm(x), self.weight.flatten(0, 1), self.bias.flatten())  # one product, not P
         return logits.unflatten(1, self.bias.shape).transpose(0, 1)
 
-
-@dataclass
-class Candidate:
-    """One probe of a sweep: number `row` of `probes`."""
-
-    features: str  # the name of its feature set
-    lr: float  # at batch 256
-    probes: Probes
-    row: int
-    score: float = -math.inf
-
-    def logits(self, x):
-        """x [N, …], all feature sets side by side → [N, C]."""
-        x = self.probes.norm(x[:, self.probes.columns])
-        return x @ self.probes.weight[self.row].T + self.probes.bias[self.row]
-
-    def classifier(self, encoder, classes, blocks=None, pool=None):
-        """The probe as a Classifier."""
-        classifier = Classifier(encoder, classes, blocks, pool, self.probes.norm)
-        classifier.head.weight.data = self.probes.weight.data[self.row]
-        classifier.head.bias.data = self.probes.bias.data[self.row]
+    def classifier(self, encoder, classes, number, blocks=None, pool=None):
+        """Probe `number` as a Classifier."""
+        classifier = Classifier(encoder, classes, blocks, pool, self.norm)
+        classifier.head.weight.data = self.weight.data[number]
+        classifier.head.bias.data = self.bias.data[number]
         return classifier
 
 
@@ -581,6 +553,17 @@ def cached_batches(x, y, training):
     for _, rows in shuffled(len(x), training.batch, training.step, training.total, 0):
         rows = rows.to(x.device)
         yield x[rows], y[rows]
+
+
+@torch.no_grad()
+def augmented_batches(function, images, view, training):
+    """A Training's batches of a function of random crops (Table 11), say the encoder's features: yields ([n, …], labels
+    [n])."""
+    machine = training.run.machine
+    for data in batches(images, [view], training.batch, training.step, training.total, 0, machine):
+        with autocast(machine.device, machine.precision):  # in pieces: on CPUs faster by 40 % (fewer page faults), less memory
+            x = torch.cat([promote(function(augment(x))) for x in data.views[0].split(256)])
+        yield x, data.labels
 
 
 def cross_entropy(logits, y):
@@ -593,19 +576,6 @@ def accuracy(logits, y):
     return 100 * (logits.argmax(1) == y).sum().item() / len(y)
 
 
-def new_candidates(sets, classes, how):
-    """A probe of every feature set and rate. One update serves probes that differ in their rates alone, unless it is LARS's,
-    which depends on the gradients' length: there each has `Probes` of its own."""
-    candidates = []
-    first = 0
-    for name, width in sets.items():
-        for lrs in [[lr] for lr in how.lrs] if how.lars else [how.lrs]:
-            probes = Probes(len(lrs), width, classes, first)
-            candidates += [Candidate(name, lr, probes, row) for row, lr in enumerate(lrs)]
-        first += width
-    return candidates
-
-
 def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=None, loss=cross_entropy,
           score=accuracy, stage="probe"):  # fmt: skip
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
@@ -614,59 +584,59 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
     SGD or LARS with momentum 0.9, no weight decay, lr = base · batch / 256, warm-up and cosine.
 
     Args:
-        stream: a function from a Training to the batches from its step on, ([n, D], labels [n]) of this rank; test_x [N, D], test_y [N];
-        count: training samples; classes: their number; how: their training; sets: {name: width} of the feature sets that
-        stand side by side in D; loss, score: other than cross-entropy and accuracy, for other than one label an image.
+        stream: a function from a Training to its batches, ([n, D], labels [n]) of this rank, from its step on; test_x [N, D],
+        test_y [N]; count: training samples; classes: their number; how: the recipe; sets: {name: width} of the feature sets
+        that stand side by side in D; loss, score: other than cross-entropy and accuracy, for other than one label an image.
     Returns:
         {"probe": score in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
-        also {"features": its name, "probe_by_features": the best of each}; the best Candidate.
+        also {"features": its name, "probe_by_features": the best of each}; the best's Probes and its number in them.
     """
     torch.manual_seed(0)
     sets = sets or {"": test_x.shape[1]}
-    candidates = new_candidates(sets, classes, how)
-    heads = nn.ModuleList(c.probes for c in candidates if c.row == 0).to(test_x.device)
-    rates = [c.lr * how.batch / 256 for c in candidates]
-    if how.lars:
-        groups = []
-        for head, rate in zip(heads, rates):
-            groups.append(dict(params=[head.weight], peak_lr=rate))
-            groups.append(dict(params=[head.bias], peak_lr=rate, trust=0))
-        optimizer = LARS(groups)
-        weights = test_x.new_ones(len(rates))
+    widths = list(sets.values())
+    heads = nn.ModuleList(Probes(len(how.lrs), width, classes) for width in widths).to(test_x.device)
+    rates = test_x.new_tensor(how.lrs) * how.batch / 256
+    if how.lars:  # the length of the gradients, and with it the weight of a loss, cancels
+        trust = 0.001 * rates[:, None, None]
+        weights = dict(params=[head.weight for head in heads], peak_lr=1.0, trust=trust.tolist())
+        biases = dict(params=[head.bias for head in heads], peak_lr=1.0, trust=0.0)
+        optimizer = LARS([weights, biases])
     else:  # an update is proportional to the rate, which is therefore a weight of the loss
         optimizer = torch.optim.SGD([dict(params=list(heads.parameters()), peak_lr=1.0)], momentum=0.9)
-        weights = test_x.new_tensor(rates)
 
     state = dict(heads=heads, optimizer=optimizer)
     training = Training(run, stage, state, count, how.batch, how.epochs)
     warmup = round(how.warmup * training.total)
     for x, y in training.steps(stream(training)):
-        losses = loss(torch.cat([head(x) for head in heads]), y)  # of each candidate
-        (losses * weights).sum().backward()
+        logits = [head(part) for head, part in zip(heads, x.split(widths, 1))]
+        losses = loss(torch.cat(logits), y)  # of all probes
+        (losses * rates.repeat(len(heads))).sum().backward()
         set_lr(optimizer, warmup_cosine(training.step, training.total, warmup))
         _, means = training.take_step(optimizer, losses.detach().mean())
         training.log(means)
         training.save_if_due()
 
     heads.eval()
+    scores = {}
     with torch.no_grad():
-        for candidate in candidates:
-            candidate.score = score(candidate.logits(test_x), test_y)
-    best = max(candidates, key=lambda c: c.score)
-    by_lr = {c.lr: c.score for c in candidates if c.features == best.features}
-    result = {"probe": best.score, "lr": best.lr, "probe_by_lr": by_lr}
+        for name, head, part in zip(sets, heads, test_x.split(widths, 1)):
+            x = head.norm(part)
+            for lr, weight, bias in zip(how.lrs, head.weight, head.bias):
+                scores[name, lr] = score(F.linear(x, weight, bias), test_y)
+    name, lr = max(scores, key=scores.get)
+    result = {"probe": scores[name, lr], "lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in how.lrs}}
     if len(sets) > 1:
-        by_set = {name: max(c.score for c in candidates if c.features == name) for name in sets}
-        result |= {"features": best.features, "probe_by_features": by_set}
-    return result, best
+        by_set = {name: max(scores[name, lr] for lr in how.lrs) for name in sets}
+        result |= {"features": name, "probe_by_features": by_set}
+    return result, heads[list(sets).index(name)], how.lrs.index(lr)
 
 
 def cached_probe(x, y, test_x, test_y):
     """`probe` by MAE-CT's recipe on features [N, D] that are computed once; batch 1024 or all."""
     how = ProbeRecipe(batch=min(1024, len(x)))
     classes = int(torch.cat([y, test_y]).max()) + 1
-    result, _ = probe(partial(cached_batches, x, y), test_x, test_y, len(x), classes, Run(Machine(x.device)), how)
-    return result
+    run = Run(Machine(x.device))
+    return probe(partial(cached_batches, x, y), test_x, test_y, len(x), classes, run, how)[0]
 
 
 def feature_sets(encoder, x, sets):
@@ -708,16 +678,15 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     function = partial(feature_sets, encoder, sets=list(sets.values()))
     test_x, test_y = outputs(function, val, size, run.machine)
 
-    def crops(training):
-        views = [View(size, (0.08, 1.0), how.flip)]
-        stream = batches(train, views, how.batch, training.step, training.total, 0, run.machine)
-        return augmented(function, stream, run.machine)
-
-    stream = partial(cached_batches, *outputs(function, train, size, run.machine)) if cached else crops
-    result, best = probe(stream, test_x, test_y, len(train), len(train.classes), run, how, widths, **other)
+    if cached:
+        stream = partial(cached_batches, *outputs(function, train, size, run.machine))
+    else:
+        stream = partial(augmented_batches, function, train, View(size, (0.08, 1.0), how.flip))
+    classes = train.classes
+    result, probes, number = probe(stream, test_x, test_y, len(train), len(classes), run, how, widths, **other)
     result = {"features": next(iter(sets))} | result
     n, p = sets[result["features"]]
-    classifier = best.classifier(encoder, train.classes, last_blocks(encoder, n) if n > 1 else None, p)
+    classifier = probes.classifier(encoder, classes, number, last_blocks(encoder, n) if n > 1 else None, p)
     return result | dict(recipe=recipe, epochs=how.epochs, batch=batch, cached=cached), classifier
 
 
@@ -760,27 +729,28 @@ def logistic_regression(x, y, classes, penalty, tolerance=1e-3):
     mean cross-entropy(x W, y) + penalty / 2 · |W|², by L-BFGS.
 
     Ends where the value is certain to be within the share `tolerance` of the least one: no second derivative is below the
-    penalty, so the distance is at most |gradient|² / (2 · penalty). x [N, D], y [N]; scikit-learn's C is
-    1 / (penalty · N).
+    penalty, so the distance is at most |gradient|² / (2 · penalty). x [N, D], y [N]; scikit-learn's C = 1 / (penalty · N).
     """
-    last = {}
+    certain = False
 
     def loss(w):
+        nonlocal certain
         logits = x @ torch.from_numpy(w).to(x).view(-1, classes)  # [N, C]
         logits = logits - logits.gather(1, y[:, None])  # so that a loss near 0 does not cancel
         log_sum = logits.logsumexp(1, keepdim=True)
         error = (logits - log_sum).exp().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
-        last["value"] = log_sum.double().mean().item() + penalty / 2 * w @ w
-        last["gradient"] = (x.T @ error / len(x)).double().cpu().numpy().ravel() + penalty * w
-        return last["value"], last["gradient"]
+        value = log_sum.double().mean().item() + penalty / 2 * w @ w
+        gradient = (x.T @ error / len(x)).double().cpu().numpy().ravel() + penalty * w
+        certain = gradient @ gradient <= 2 * penalty * tolerance * value
+        return value, gradient
 
-    def stop_when_certain(w):
-        if last["gradient"] @ last["gradient"] <= 2 * penalty * tolerance * last["value"]:
+    def stop_if_certain(w):
+        if certain:
             raise StopIteration
 
     start = np.zeros(x.shape[1] * classes)
-    never = dict(ftol=0, gtol=0, maxiter=1000, maxfun=30_000)
-    w = minimize(loss, start, method="L-BFGS-B", jac=True, callback=stop_when_certain, options=never).x
+    never = dict(ftol=0, gtol=0)  # other reasons to stop
+    w = minimize(loss, start, method="L-BFGS-B", jac=True, callback=stop_if_certain, options=never).x
     return torch.from_numpy(w).to(x).view(-1, classes)
 
 
@@ -916,13 +886,16 @@ def recipe(name, dim):
     Optimiser and schedule are MAE's; what a table of low-shot fine-tuning does not list is off. MAE-CT's Table 14:
     --recipe mae --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0, then one after the other back on.
     """
-    size, layer_decay = {}, 0.65
+    size = {}
+    layer_decay = 0.65  # with few labels
     mae_ct = he = 0.1  # drop paths
-    if dim >= 1024:
-        size, layer_decay = dict(epochs=50, warmup=0.1), 0.75  # ViT-L and larger: 5 of 50 epochs
+    if dim >= 1024:  # ViT-L and larger
+        size = dict(epochs=50, warmup=0.1)  # 5 of 50 epochs
+        layer_decay = 0.75
         mae_ct = 0.2
     if dim >= 1280:
-        mae_ct, he = 0.3, 0.2
+        mae_ct = 0.3
+        he = 0.2
     few = CROP_FLIP | size | dict(batch=512, layer_decay=layer_decay)
     refiner = CROP_FLIP | size | dict(batch=512, lr=3e-5, drop_path=0.0, positions=True)
     refiner_10 = refiner | dict(randaugment=2)
@@ -1038,11 +1011,11 @@ def mix(x, target, noise, s):
 
 def regularize(data, step, classes, s):
     """A Batch as fine-tuning sees it: (x standardised [n, 3, S, S], targets [n, classes])."""
-    images = data.views[0]
+    images = data.views[0].clone()
     rows = data.rows.tolist()
-    if s.randaugment:
-        dice = [random.Random(repr((s.seed, step, "randaugment", row))) for row in rows]
-        images = torch.stack([rand_augment(x, d, s.randaugment, s.magnitude) for x, d in zip(images, dice)])
+    for i, row in enumerate(rows):
+        dice = random.Random(repr((s.seed, step, "randaugment", row)))
+        images[i] = rand_augment(images[i], dice, s.randaugment, s.magnitude)
     x = augment(images)
     target = F.one_hot(data.labels, classes).to(x)
     if s.erasing:
@@ -1056,13 +1029,13 @@ def regularize(data, step, classes, s):
 
 
 def check_tuning(s, encoder):
-    """Raises InputError for settings of fine-tuning that cannot work."""
+    """An error for settings of fine-tuning that cannot work."""
     check_settings(s)
     fits = s.blocks <= encoder.depth
     need(fits, f"--blocks {s.blocks}: expected 0 to {encoder.depth}, the encoder's blocks, or -1 for all of it")
     need(s.magnitude <= 10, f"--magnitude {s.magnitude}: expected 0 to 10")
-    even = s.batch // world() % 2 == 0
-    need(even or not (s.mixup or s.cutmix), f"--batch {s.batch}: Mixup and CutMix pair images, so a process's must be even")
+    even = s.batch // world() % 2 == 0 or not (s.mixup or s.cutmix)
+    need(even, f"--batch {s.batch}: Mixup and CutMix pair images, so a process's batch must be even")
 
 
 def trainable_copy(encoder, s):
@@ -1089,8 +1062,8 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
 
     Args:
         classifier: has `encoder`, `head` and what else is new; feature: (x, drop) -> [n, D], what the head reads;
-        stream: a function from a Training to the batches from its step on, (x [n, …], targets [n, C], rows [n]); count: training samples;
-        validate: () -> percent on val; s: FineTuning; run: keeps checkpoints, if it has a folder.
+        stream: a function from a Training to its batches from its step on, (x [n, …], targets [n, C], rows [n]); count:
+        training samples; validate: () -> percent on val; s: FineTuning; run: keeps checkpoints, if it has a folder.
     Returns:
         {"finetune": accuracy after the last epoch, "finetune_by_epoch": [accuracy, …]} (CMAE Figure 4b).
     """
@@ -1188,6 +1161,7 @@ def run_finetune(
     train, val = job.load_labelled()
     sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
+<<<<<<< HEAD
     s = given_settings(given, sets[0], job.data, name, job.encoder)
     settings = dict(recipe=name) | dataclasses.asdict(s)
     run = job.open_run(settings | dict(fraction=fraction, shots=shots, splits=splits, lists=lists), s.clip_grad)
@@ -1200,6 +1174,14 @@ def run_finetune(
         run.report(stage, result)
     result = mean_of_splits(list(run.results.values()), "finetune")
     return {"images": len(sets[-1])} | result | {"settings": settings}
+=======
+    s = given_settings(given, train, job.data, name, job.encoder)
+    settings = dict(recipe=name, fraction=fraction, list=list) | dataclasses.asdict(s)
+    result, classifier = finetune(job.encoder, train, val, job.open_run(settings), s)
+    if rank() == 0:
+        classifier.save(job.file("finetuned.pt"))
+    return {"images": len(train)} | result | {"settings": settings}
+>>>>>>> acbd3ba5707e71f077e94e26d3177551a56a1f87
 
 
 # --------------------------------------------------------------------------------------------------------- clustering
