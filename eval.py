@@ -1161,10 +1161,9 @@ def run_finetune(
     train, val = job.load_labelled()
     sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
-<<<<<<< HEAD
     s = given_settings(given, sets[0], job.data, name, job.encoder)
-    settings = dict(recipe=name) | dataclasses.asdict(s)
-    run = job.open_run(settings | dict(fraction=fraction, shots=shots, splits=splits, lists=lists), s.clip_grad)
+    settings = dict(recipe=name, fraction=fraction, shots=shots, splits=splits, lists=lists) | dataclasses.asdict(s)
+    run = job.open_run(settings, s.clip_grad)
     for i, images in enumerate(sets):
         stage = f"finetune {i + 1}"
         if stage in run.results:  # of before the run was resumed
@@ -1174,14 +1173,6 @@ def run_finetune(
         run.report(stage, result)
     result = mean_of_splits(list(run.results.values()), "finetune")
     return {"images": len(sets[-1])} | result | {"settings": settings}
-=======
-    s = given_settings(given, train, job.data, name, job.encoder)
-    settings = dict(recipe=name, fraction=fraction, list=list) | dataclasses.asdict(s)
-    result, classifier = finetune(job.encoder, train, val, job.open_run(settings), s)
-    if rank() == 0:
-        classifier.save(job.file("finetuned.pt"))
-    return {"images": len(train)} | result | {"settings": settings}
->>>>>>> acbd3ba5707e71f077e94e26d3177551a56a1f87
 
 
 # --------------------------------------------------------------------------------------------------------- clustering
