@@ -347,7 +347,7 @@ def prepare(argv):
         model = new_model(own)
         check_masking(model.f.grid, own.mask_ratio)
         parts[method] = own, model
-    train, val = load_splits(s.data, val=not s.cost)
+    train, val = load_splits(s.data, val=s.eval and not s.cost)
     epoch_images = s.epoch_images or len(train)
     check_batch(s, train, s.batch, s.epochs * epoch_images / len(train))
     need(epoch_images >= s.batch, f"--epoch_images {epoch_images} is less than the batch of {s.batch}")

@@ -304,7 +304,7 @@ def prepare(argv):
     side, _ = F_s.grid
     need(side % s.mask_block == 0, f"--mask_block {s.mask_block}: expected a divisor of the grid of {side} patches a side")
     check_masking(F_s.grid, s.mask_ratio, s.target_mask_ratio)
-    train, val = load_splits(s.data, val=not s.cost)
+    train, val = load_splits(s.data, val=s.eval and not s.cost)
     check_batch(s, train, s.batch, s.epochs)
     if val:
         check_tuning(last_block(s, F_s.dim), F_s)

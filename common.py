@@ -22,6 +22,7 @@ patches, D width, C classes, S image side, V views, H heads.
 
 import argparse
 import atexit
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -42,6 +43,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -92,15 +94,15 @@ def model_size(name):
     return (match[1], int(match[2])) if match else ("", 0)
 
 
-def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch", checkpoint_blocks=False):
+def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch", checkpoint_blocks=False, heads=0):
     """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
-    With the stem "conv" it has one block less, and so as many parameters."""
+    With the stem "conv" it has one block less, and so as many parameters. `heads` other than the size's."""
     size, patch_size = model_size(name)
     known = ", ".join(VIT_SIZES)
     need(size in VIT_SIZES, f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
-    dim, depth, heads = VIT_SIZES[size]
+    dim, depth, usual_heads = VIT_SIZES[size]
     depth -= stem == "conv"
-    return ViT(image_size, patch_size, dim, depth, heads, post_norm, pool, stem, checkpoint_blocks)
+    return ViT(image_size, patch_size, dim, depth, heads or usual_heads, post_norm, pool, stem, checkpoint_blocks)
 
 
 class ViT(nn.Module):
@@ -888,6 +890,8 @@ def start_processes():
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch projection too
     if "WORLD_SIZE" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    need(not missing, f"WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, or unset WORLD_SIZE")
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1169,12 +1173,20 @@ def load_splits(data, labels=False, val=True, load=None, **how):
     or test/ to evaluate on. `load` is load_images or load_videos, `how` what else it takes."""
     load = load or load_images
     train = load(data, "train", labels, **how)
-    folder = Path(data)
-    has_val = not folder.is_dir() or (folder / "val").is_dir() or (folder / "test").is_dir()
-    if not (val and train.classes and has_val):
+    if not val:
         return train, None
-    val = load(data, "val", **how)
-    need(val.classes == train.classes, f"--data {data}: training and validation folders have different classes")
+    if not train.classes:
+        print0(f"no evaluation on {data}: the training images have no labels")
+        return train, None
+    if Path(data).is_dir() and split_folder(data, "val") == Path(data):
+        print0(f"no evaluation on {data}: there is no val/, validation/ or test/")
+        return train, None
+    val = load(data, "val", False, **how)
+    if not val.classes:
+        print0(f"no evaluation on {data}: its validation images lie in no class folders")
+        return train, None
+    odd = sorted(set(train.classes) ^ set(val.classes))
+    need(not odd, f"--data {data}: training and validation folders have different classes ({', '.join(map(str, odd[:5]))})")
     return train, val
 
 
@@ -1204,29 +1216,49 @@ def load_folder(data, split, labels):
     folder = split_folder(data, split)
     has_split = folder != Path(data)
     need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
-    files = find_files(folder, SUFFIXES)
+    need(has_split or split == "val" or split_folder(data, "val") == folder,
+         f"--data {data}: there are images to evaluate on, but no train/")  # fmt: skip
+    ignored = collections.Counter()
+    files = find_files(folder, SUFFIXES, ignored)
     need(files, f"--data {data}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
     loose = next((f for f in files if os.path.dirname(f) == str(folder)), None)
     need(not (loose and labels), f"--data {data}: labels are needed, but {loose} lies in no class folder of {folder}")
-    if has_split and not loose:
-        return Images(*class_labels(files, folder), files=file_names(files))
-    print0(f"{folder} is taken without labels" + (f": {loose} lies in no class folder" if loose else ""))
-    return Images(torch.full((len(files),), -1), [], files=file_names(files))
+    numbers, classes = torch.full((len(files),), -1), []
+    if not loose:
+        numbers, classes = class_labels(files, folder)
+    said = f"{len(classes)} classes" if classes else f"no labels: {loose} lies in no class folder"
+    others = "".join(f", {count} {suffix or 'other files'} ignored" for suffix, count in ignored.most_common(4))
+    print0(f"{folder}: {len(files)} images, {said}{others}")
+    return Images(numbers, classes, files=file_names(files))
 
 
 def split_folder(data, split):
-    """The folder of a split below the folder `data`: train/, or val/ or test/; `data` itself if there is none."""
-    names = ["train"] if split == "train" else ["val", "test"]
+    """The folder of a split below the folder `data`: train/, or val/, validation/ or test/; `data` itself if there is none."""
+    names = ["train"] if split == "train" else ["val", "validation", "test"]
     folders = [Path(data) / name for name in names]
     return next((folder for folder in folders if folder.is_dir()), Path(data))
 
 
-def find_files(folder, suffixes):
-    """The paths of all files below a folder, sorted, whose name ends in one of the suffixes, in any case."""
+def find_files(folder, suffixes, ignored=None):
+    """The paths of all files below a folder, sorted, whose name ends in one of the suffixes, in any case. Hidden files and
+    folders (.DS_Store, ._1.jpg) do not count, links that lead back are not followed; `ignored` counts other suffixes."""
     files = []
-    for path, _, names in os.walk(folder, followlinks=True):
-        files += [os.path.join(path, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".") and not leads_back(os.path.join(path, f))]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in suffixes:
+                files.append(os.path.join(path, name))
+            elif ignored is not None:
+                ignored[suffix] += 1
     return sorted(files)
+
+
+def leads_back(path):
+    """Whether a path is a link to a folder that holds it."""
+    return os.path.islink(path) and os.path.abspath(path).startswith(os.path.join(os.path.realpath(path), ""))
 
 
 def class_labels(files, folder):
@@ -1343,6 +1375,7 @@ TORCHVISION_DRAWN = {"Caltech101": (30, None), "SUN397": (50, 50)}
 def load_torchvision(name, split):
     """`load_images` of a torchvision data set."""
     accepted = inspect.signature(getattr(torchvision.datasets, name)).parameters
+    need("root" in accepted, f"--data {name.lower()}: torchvision's {name} is no data set that can be downloaded")
     if name in TORCHVISION_DRAWN:
         choices = [{}]
     elif "train" in accepted:
@@ -1380,7 +1413,7 @@ def torchvision_dataset(name, download=True, **choice):
         if world() > 1:
             dist.barrier()
         return cls("data", **choice)
-    except (TypeError, ValueError, RuntimeError, OSError) as e:
+    except Exception as e:  # also of names that are no data set
         raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
 
 
@@ -1420,6 +1453,9 @@ def load_videos(data, split, labels=False, gap=-1):
     clips, images = find_files(folder, VIDEO_SUFFIXES), find_files(folder, SUFFIXES)
     if clips:
         need_torchcodec(data, clips)
+    if any(clip.lower().endswith(".avi") for clip in clips):
+        print0("AVI files have no presentation times: with B-frames other frames come than are asked for; to be safe remux them: "
+               "ffmpeg -fflags +genpts -i x.avi -c copy x.mkv")  # fmt: skip
     stills_at = 2 if has_split else 1  # how deep in the tree an image is one of its own
     depth = len(folder.parts)
     frames = [f for f in images if len(Path(f).parts) - depth > stills_at]
@@ -1442,7 +1478,8 @@ def need_torchcodec(data, clips):
     except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
         raise InputError(
             f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg "
-            "(pip install torchcodec); or make folders of frames with: mkdir CLIP; ffmpeg -i CLIP.mp4 CLIP/%06d.jpg"
+            "(pip install torchcodec); or make folders of frames: mkdir CLIP; ffmpeg -i CLIP.mp4 -fps_mode passthrough CLIP/%06d.jpg"
+            " (older ffmpeg: -vsync 0)"
         ) from e
 
 
@@ -1941,6 +1978,8 @@ class RunSettings:
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
     clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
     workers: FromMinusOne = -1  # decoding processes of each rank; −1: one for each core it has, at most 12
+    attention_heads: Whole = 0  # of the encoder; 0: the model's own (MoCo v3's ViT-S has 12 instead of 6)
+    eval: bool = True  # evaluate before and after the training, where the data have labels and a val/
     save_every: Whole = 0  # steps between checkpoints; 0: one an epoch
     short: bool = False  # the built-in run in a minute or two
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
@@ -1962,7 +2001,7 @@ def parse_settings(cls, presets, argv, description):
     and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
     the base, and flags that say otherwise are refused.
     """
-    title = " ".join(description.split("\n\n")[0].split())
+    title = " ".join((description or "").split("\n\n")[0].split())  # none under python -OO
     parser = Parser(description=title, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="the settings of this command line [in brackets]")
     meaning = comments(RunSettings) | comments(cls)
@@ -2105,7 +2144,8 @@ def check_masking(grid, *ratios):
 
 def new_encoder(s, pool="cls", **kind):
     """The encoder that settings ask for, with the weights of --init; `kind` as of build_vit."""
-    encoder = build_vit(s.model, s.image_size, pool, checkpoint_blocks=s.checkpoint_blocks, **kind)
+    kind |= dict(checkpoint_blocks=s.checkpoint_blocks, heads=s.attention_heads)
+    encoder = build_vit(s.model, s.image_size, pool, **kind)
     has_checkpoint = s.resume and any((Path(s.out) / name).exists() for name in CHECKPOINTS)  # with the encoder's weights
     if s.init and not has_checkpoint:
         init_encoder(encoder, s.init)
@@ -2367,6 +2407,8 @@ class Training:
             if self.log_file:
                 self.log_file.close()
         self.run.finish(self.stage)
+        if unreadable := self.run.machine.unreadable:
+            print0(f"{len(unreadable)} unreadable files were passed over")
 
     def take_step(self, optimizer, loss, **values):
         """Averages gradients over ranks, clips them and steps; what is not finite is skipped, on all ranks. Ten skipped steps
@@ -2452,6 +2494,21 @@ class Training:
             keep.append(json.dumps(dict(stage=self.stage, step=self.step, changed=self.run.changes)) + "\n")
         write_atomic(path, "".join(keep).encode())
         return open(path, "ab", buffering=0)
+
+
+def tell_proportions(training, ema, queue):
+    """Says before a training how much of its start the EMA of the encoder will keep, and whether the queue will be filled;
+    and what to change if the training is too short for them."""
+    steps, settings = training.total, training.run.settings
+    if settings.cost or training.step == steps:
+        return
+    constants = steps * (1 - ema)
+    print0(f"{training.stage}: {steps} steps are {constants:.3g} time constants of the EMA: it keeps {100 * ema**steps:.2g} % of "
+           "its start")  # fmt: skip
+    if constants < 3:
+        print0(f"that is little: encoder.pt will be near its start; choose --ema {max(0.0, 1 - 5 / steps):.4g} or more epochs")
+    if steps * training.batch < queue:
+        print0(f"the queue of {queue} will not be filled by {steps * training.batch} samples: choose a smaller --queue or more epochs")
 
 
 def finite(value):
@@ -2607,14 +2664,15 @@ def save_encoder(path, encoder, **more):
     save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
 
 
-def load_encoder(path, image_size=None, pool=None):
-    """A ViT built from an encoder file, on the CPU; positions are interpolated if `image_size` differs from the file's,
-    and `pool` replaces the file's."""
+def load_encoder(path, image_size=None, pool=None, heads=None):
+    """A ViT built from an encoder file, on the CPU, in evaluation mode; positions are interpolated if `image_size` differs
+    from the file's, `pool` and `heads` replace what the file says or what is assumed of it."""
     state, config = read_encoder(path)
     side = config["image_size"] // config["patch_size"]
-    encoder = ViT(**config | dict(image_size=image_size or config["image_size"], pool=pool or config["pool"]))
+    config |= dict(image_size=image_size or config["image_size"], pool=pool or config["pool"], heads=heads or config["heads"])
+    encoder = ViT(**config)
     load_encoder_state(encoder, state, side, path)
-    return encoder
+    return encoder.eval()
 
 
 def init_encoder(encoder, path):
@@ -2649,29 +2707,32 @@ DATA2VEC_NAMES = {
 def read_encoder(path):
     """An encoder file, ours or a public one → (state dict under our names, config for ViT).
 
-    Understands files written here, public MAE (encoder-only or with decoder), timm, MAE-CT (no position of [CLS]) and
-    data2vec 2.0 (fairseq's names, stripped of other objects). Classifiers and decoders are left out.
+    Understands files written here, public MAE (encoder-only, with decoder, fine-tuned), timm, MAE-CT (no position of [CLS]),
+    MIM-Refiner and data2vec 2.0 (fairseq's names, stripped of other objects); also under a prefix (module., backbone.,
+    base_encoder., …) or in a dict of a teacher and a student. Classifiers and decoders are left out. What is taken or
+    assumed is printed.
     """
     content = load_file(path)
-    state = from_data2vec(encoder_state(content, path))
+    own = content.get("encoder") if isinstance(content, dict) else None
+    own = own if isinstance(own, dict) and "patch_size" in own else {}
+    state = renamed(without_prefix(encoder_state(content, path), path), path)
     state = {name: v for name, v in state.items() if re.match(ENCODER_NAMES, name)}
     stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
     first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
     need(first in state and "pos_embed" in state, f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
+    state["pos_embed"] = with_cls_row(state["pos_embed"], path)
     rows, dim = state["pos_embed"].shape[1:]
-    if math.isqrt(rows) ** 2 == rows:  # none for [CLS]
-        state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], 1)
-        rows += 1
-    own = content.get("encoder")
-    own = own if isinstance(own, dict) else {}
     need(own or dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
+    heads = own.get("heads") or HEADS_OF_WIDTH[dim]
+    if not own:
+        print0(f"{path}: {heads} attention heads are assumed of its width of {dim}, and [CLS] as the feature")
     patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
     config = dict(
         image_size=math.isqrt(rows - 1) * patch_size,
         patch_size=patch_size,
         dim=dim,
         depth=len({name.split(".")[1] for name in state if name.startswith(("blocks.", "post_blocks."))}),
-        heads=own.get("heads") or HEADS_OF_WIDTH[dim],
+        heads=heads,
         post_norm=any(name.startswith("post_blocks.") for name in state),
         pool=own.get("pool", "cls"),
         stem=stem,
@@ -2680,11 +2741,13 @@ def read_encoder(path):
 
 
 def encoder_state(content, path):
-    """The dict of tensors in an encoder file, by itself or under "model" or "state_dict"."""
+    """The dict of tensors in an encoder file, by itself or within others."""
     state = content
-    for key in ("model", "state_dict"):
+    for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+            if key in ("teacher", "student"):
+                print0(f"{path}: the {key}'s weights are taken")
     if isinstance(state, dict):  # fairseq keeps a second, nested copy
         state = {name: v for name, v in state.items() if not str(name).removeprefix("model.").startswith("_ema")}
     tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
@@ -2692,17 +2755,46 @@ def encoder_state(content, path):
     return state
 
 
-def from_data2vec(state):
-    """Weights under fairseq's names for data2vec 2.0 → ours; others as they are."""
-    if not any("modality_encoders.IMAGE." in name for name in state):
+def without_prefix(state, path):
+    """Weights without what stands before patch_embed.proj.weight in their names; of several encoders the first is taken."""
+    first = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
+    if not prefixes or "" in prefixes:
         return state
-    renamed = {}
-    for name, value in state.items():
-        name = name.removeprefix("model.")
-        for theirs, ours in DATA2VEC_NAMES.items():
-            if name.startswith(theirs):
-                renamed[ours + name.removeprefix(theirs)] = value
-    return renamed
+    print0(f"{path}: the weights under {prefixes[0]} are taken")
+    return {name.removeprefix(prefixes[0]): v for name, v in state.items() if name.startswith(prefixes[0])}
+
+
+def renamed(state, path):
+    """Weights under the names of fairseq's data2vec 2.0, of MIM-Refiner's published files, of MAE's fine-tuned ones → ours."""
+    if any("modality_encoders.IMAGE." in name for name in state):
+        found = {}
+        for name, value in state.items():
+            name = name.removeprefix("model.")
+            for theirs, ours in DATA2VEC_NAMES.items():
+                if name.startswith(theirs):
+                    found[ours + name.removeprefix(theirs)] = value
+        return found
+    state = dict(state)
+    if "cls_tokens.tokens" in state and "pos_embed.embed" in state:
+        table = state.pop("pos_embed.embed").flatten(1, 2)  # [1, h · w, D]
+        state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+        state["cls_token"] = state.pop("cls_tokens.tokens")
+    if "fc_norm.weight" in state and "norm.weight" not in state:
+        print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here it stands before; --pool mean fits it")
+        state |= {f"norm.{part}": state[f"fc_norm.{part}"] for part in ("weight", "bias")}
+    return state
+
+
+def with_cls_row(table, path):
+    """A position table [1, rows, D] of a square grid with its row for [CLS], which MAE-CT's fixed table has not."""
+    rows, dim = table.shape[1:]
+    if math.isqrt(rows - 1) ** 2 == rows - 1:
+        return table
+    side = math.isqrt(rows)
+    fixed = side**2 == rows and torch.allclose(table.float(), sincos_positions(dim, side, side)[:, 1:], atol=1e-2)
+    need(fixed, f"{path}: its position table has {rows} rows, which is no square grid and a row for [CLS]")
+    return torch.cat([torch.zeros_like(table[:, :1]), table], 1)
 
 
 def load_file(path):
@@ -2712,18 +2804,23 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        with open(path, "rb") as f:
-            pickled = f.read(2).startswith((b"PK", b"\x80"))
-        if not pickled or not isinstance(e, pickle.UnpicklingError):
+        if not is_torch_file(path) or not isinstance(e, pickle.UnpicklingError):
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise InputError(f"{path} is not a readable torch file ({why})") from e
         raise InputError(
             f"{path} holds more than tensors and plain values; loading it could run code\n"
             "If you trust it, strip it once:\n"
             f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
-            f"    state = content['model'] if 'model' in content else content\n"
+            f"    state = content.state_dict() if hasattr(content, 'state_dict') else content.get('model', content)\n"
             f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
         ) from e
+
+
+def is_torch_file(path):
+    """Whether torch.save wrote a file: a zip with data.pkl, or torch's old magic number."""
+    if zipfile.is_zipfile(path):
+        return any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist())
+    return b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in Path(path).open("rb").read(20)
 
 
 def load_state(part, state, where):
@@ -2778,7 +2875,7 @@ def save_file(path, content, keep=None):
 def read_json(path, remedy, kinds=(dict,)):
     """The dict (or another of `kinds`) in a JSON file; the error if there is none ends with `remedy`, what to do."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())  # UTF-8 or UTF-16, with or without a byte-order mark
     except (OSError, ValueError) as e:
         raise InputError(f"{path} is not readable ({e}): {remedy}") from e
     need(isinstance(content, kinds), f"{path} holds no JSON {' or '.join(kind.__name__ for kind in kinds)}: {remedy}")
@@ -2787,6 +2884,8 @@ def read_json(path, remedy, kinds=(dict,)):
 
 def launch(main):
     """Runs a program's main; input errors become one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8, terminals that know ASCII alone
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except InputError as e:

@@ -154,7 +154,13 @@ class Job:
 def read_lines(path):
     """The lines of a text file that say something."""
     need(Path(path).is_file(), f"{path}: no such list")
-    lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    raw = Path(path).read_bytes()
+    encodings = ["utf-16"] if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
+    try:
+        text = raw.decode(encodings[0])
+    except UnicodeDecodeError:
+        text = raw.decode(encodings[-1], errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     need(lines, f"{path}: the list is empty")
     return lines
 
@@ -2334,6 +2340,7 @@ def start_job(
     data: str = "shapes",  # built-in set, folder with train/ and val/, or torchvision name
     image_size: Count | None = None,  # default: the encoder's
     pool: Literal["cls", "mean"] | None = None,  # default: the encoder's
+    attention_heads: Count | None = None,  # default: what the file says, or what is usual for its width
     precision: Literal["auto", "float32", "bfloat16"] = "auto",  # auto: bfloat16 where the hardware has units for it
     workers: FromMinusOne = -1,  # decoding processes; −1: one for each core, at most 12
     out: Path | None = None,  # folder of the results; default: the encoder's
@@ -2342,7 +2349,7 @@ def start_job(
 ):
     """The Job of a subcommand, from the flags that all have; and the other flags."""
     machine = start_machine(precision, workers)
-    model = load_encoder(encoder, image_size, pool).to(machine.device).requires_grad_(False)
+    model = load_encoder(encoder, image_size, pool, attention_heads).to(machine.device).requires_grad_(False)
     return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out).find_place(), of_protocol
 
 
@@ -2365,10 +2372,10 @@ def add_tuning_flags(parser, leave_out=()):
 
 def command_line():
     """The parser: a subcommand for each protocol, whose flags are the keyword parameters of its function."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="protocol", required=True)
     for run in PROTOCOLS:
-        text = " ".join(run.__doc__.split("\n\n")[0].split()).replace("%", "%%")
+        text = " ".join((run.__doc__ or "").split("\n\n")[0].split()).replace("%", "%%")
         command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text)
         command.set_defaults(run=run)
         add_flags(command, start_job)

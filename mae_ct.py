@@ -36,7 +36,7 @@ from common import (
     adamw, augment, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
     load_encoder, load_file, load_splits, load_state, mae_loss, mlp_head, model_size, need, new_decoder, new_encoder,
     normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, rank, reconstruction_rows,
-    save_encoder, save_file, set_lr, start_machine, uniform, warmup_cosine,
+    save_encoder, save_file, set_lr, start_machine, tell_proportions, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate, features
 
@@ -208,6 +208,8 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
 
     state = dict(encoder=f, ema=f_m, head=head, optimizer=optimizer)
     training = Training(run, stage, state, len(images), s.batch, epochs)
+    if frozen < f.depth:
+        tell_proportions(training, s.ema, s.queue)
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
         colour_noise = uniform((*key, "colour"), data.rows, 2, 13)
@@ -327,7 +329,7 @@ def prepare(argv):
     need(s.k <= s.queue, f"--k {s.k}: expected no more than the queue of {s.queue}")
     need("ct" not in s.stages or s.frozen < encoder.depth,
          f"--frozen {s.frozen}: {s.model} has {encoder.depth} blocks, and Table 9 freezes half of them")  # fmt: skip
-    train, val = load_splits(s.data, labels=s.oracle, val=not s.cost)
+    train, val = load_splits(s.data, labels=s.oracle, val=s.eval and not s.cost)
     if pretraining:
         check_batch(s, train, s.mae_batch, s.mae_epochs)
     if "head" in s.stages:

@@ -39,7 +39,8 @@ from common import (
     BYOL, VIT_SIZES, BatchNorm, BatchSize, Colour, Count, Fraction, Number, Positive, Queue, RunSettings, Share, Training,
     View, Whole, adamw, augment, backward, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather,
     launch, load_splits, model_size, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
-    parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, uniform, warmup_cosine,
+    parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, tell_proportions, uniform,
+    warmup_cosine,
 )  # fmt: skip
 from eval import evaluate, knn_per_block
 
@@ -298,6 +299,8 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
 
     state = dict(encoder=f, ema=ema, heads=heads, optimizer=optimizer)
     training = Training(run, stage, state, len(images), s.batch, epochs)
+    if tuned:
+        tell_proportions(training, s.ema, s.queue)
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
         noise = uniform((*key, "colour"), data.rows, len(views), 13)
@@ -384,7 +387,7 @@ def prepare(argv):
         check_masking(encoder.grid, 0.75)
         decoder = new_decoder(encoder, s).to(machine.device)
     heads = IDHeads(len(blocks), encoder.dim, s.projector_hidden, s.predictor_hidden, s.head_dim, s.queue, s.authors_head)
-    train, val = load_splits(s.data, val=not s.cost)
+    train, val = load_splits(s.data, val=s.eval and not s.cost)
     if decoder:
         check_batch(s, train, s.mae_batch, s.mae_epochs)
     check_batch(s, train, s.batch, s.head_epochs)

@@ -297,7 +297,7 @@ def prepare(argv):
     machine = start_machine(s.precision, s.workers)
     encoder, _, _ = models(s, methods[0])
     check_masking(encoder.grid, s.mask_ratio)
-    train, val = load_splits(s.data, val=not s.cost, load=load_videos, gap=s.gap)
+    train, val = load_splits(s.data, val=s.eval and not s.cost, load=load_videos, gap=s.gap)
     check_batch(s, train, s.batch, s.epochs)
     images = None
     if s.images and not s.cost:
