@@ -1300,10 +1300,11 @@ def expected_mutual_information(a, b):
     for size, times in zip(*np.unique(a, return_counts=True)):
         nij = np.arange(1, min(size, b.max()) + 1)[:, None]  # [m, 1] against b [C]
         possible = (nij >= size + b - n) & (nij <= b)
-        log_odds = (log[size] + log[b] + log[n - size] + log[n - b] - log[n] - log[nij] - log[size - nij]
-                    - log[b - nij] - log[n - size - b + nij])  # fmt: skip
+        log_odds = log[size] + log[b] + log[n - size] + log[n - b] - log[n]
+        log_odds = log_odds - log[nij] - log[size - nij] - log[b - nij] - log[n - size - b + nij]
         odds = np.exp(np.where(possible, log_odds, -np.inf))
-        total += times * (nij / n * np.log(n * nij / (size * b)) * odds * times_b).sum()
+        information = nij / n * np.log(n * nij / (size * b))
+        total += times * (odds * information * times_b).sum()
     return total
 
 
@@ -1413,7 +1414,7 @@ def run_retrieve(
     job,
     *,
     samples: Count = 8,  # rows of either picture
-    neighbours: Count = 10,
+    neighbours: Count = 10,  # of each
     clusters: Whole = 0,  # of k-means; 0: the number of classes
     classes: Path | None = None,  # file that names the classes to search, one a line
 ):
@@ -1431,7 +1432,8 @@ def run_retrieve(
     x, y = features(job.encoder, images, job.machine)
 
     unit = F.normalize(x, dim=1)
-    queries = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()[:samples].to(x.device)
+    order = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()
+    queries = order[:samples].to(x.device)
     similarity = (unit[queries] @ unit.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
     index = similarity.topk(neighbours + 1, 1).indices
 
@@ -1445,7 +1447,8 @@ def run_retrieve(
 
     if rank() == 0:
         size = job.encoder.config["image_size"]
-        draw_neighbours(job.file("neighbours.png"), images, size, index, [f"image {i}" for i in queries], y[queries])
+        names = [f"image {i}" for i in queries]
+        draw_neighbours(job.file("neighbours.png"), images, size, index, names, y[queries])
         names = [f"cluster {i + 1}" for i in range(len(largest))]
         draw_neighbours(job.file("clusters.png"), images, size, centre_index, names, centre_y)
     if not images.classes:
@@ -1590,13 +1593,13 @@ def run_blocks(
     check_batch(RunSettings(data=job.data), train, settings["batch"], settings["epochs"])
     accuracies = knn_per_block(job.encoder, train, val, job.machine)
     losses = reconstruction_per_block(job.encoder, train, val, job.machine, **settings)
-    improved = dict(knn=improvements(accuracies), reconstruction=improvements(-np.array(losses)))
+    gains = dict(knn=improvements(accuracies), reconstruction=improvements(-np.array(losses)))
     if rank() == 0:
         numbers = list(range(2, job.encoder.depth + 1))
-        curves = {name: (numbers, values) for name, values in improved.items()}
+        curves = {name: (numbers, values) for name, values in gains.items()}
         draw_curves(job.file("blocks.png"), curves, "block", "relative improvement")
-    result = {f"{name}_improvement": values for name, values in improved.items()}
-    return dict(knn=accuracies, reconstruction=losses, settings=settings) | result
+    result = dict(knn=accuracies, reconstruction=losses, settings=settings)
+    return result | {f"{name}_improvement": values for name, values in gains.items()}
 
 
 def effective_invariance(p, p_t, all_classes=False):
@@ -1705,7 +1708,7 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
 def run_colorhist(
     job,
     *,
-    epochs: Count = 10,
+    epochs: Count = 10,  # one of them warm-up
     batch: BatchSize | None = None,  # default 1024, on the built-in images 64
     lr: Positive = 0.1,  # at batch 256
     softmax: bool = False,  # over a channel's 64 outputs, as the authors' code
@@ -1919,13 +1922,12 @@ def load_voc2007(split):
     missing = not (lists / f"{part}.txt").is_file()  # torchvision would unpack it every time
     dataset = torchvision_dataset("VOCDetection", missing, year="2007", image_set=part)
     meaning = {"1": 1, "-1": 0, "0": -1}
-    classes, labels = [], []
+    labels = {}
     for file in sorted(lists.glob(f"*_{part}.txt")):
         flags = file.read_text().split()[1::2]  # "000005 -1", image by image
-        classes.append(file.stem.removesuffix(f"_{part}"))
-        labels.append([meaning[flag] for flag in flags])
-    need(classes, f"{lists} has no lists of classes (aeroplane_{part}.txt, …)")
-    return Images(torch.tensor(labels).T, classes, files=file_names(dataset.images))
+        labels[file.stem.removesuffix(f"_{part}")] = [meaning[flag] for flag in flags]
+    need(labels, f"{lists} has no lists of classes (aeroplane_{part}.txt, …)")
+    return Images(torch.tensor(list(labels.values())).T, list(labels), files=file_names(dataset.images))
 
 
 def load_transfer_set(job, name):
@@ -2308,9 +2310,9 @@ def run_video(
     temporal = temporal or (3 if built_in else 7)
     spatial = spatial or (1 if built_in else 3)
     settings = dict(data=data, how=how, label=label, frames=frames, temporal=temporal, spatial=spatial)
-    run = job.open_run(settings | dataclasses.asdict(s))
-    result = video(job.encoder, train, val, run, s, frames, how, temporal, spatial)
-    return result | dict(settings=settings | dataclasses.asdict(s))
+    settings |= dataclasses.asdict(s)
+    result = video(job.encoder, train, val, job.open_run(settings), s, frames, how, temporal, spatial)
+    return result | dict(settings=settings)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -2412,6 +2414,7 @@ def main(argv):
     job, of_protocol = start_job(protocol, **given)
     result = run(job, **of_protocol)
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
+    del settings["resume"]
     print_result(result)
     if rank() == 0:
         write_atomic(job.file(f"{protocol}.json"), to_json(dict(settings=settings) | result))
