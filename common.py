@@ -950,16 +950,27 @@ class Gather(torch.autograd.Function):
 
 
 def average_gradients(parameters):
-    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass.
-
-    All transfers are in flight at once. Not hidden behind the backward pass, which the step with cached feature
+    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass, in at most
+    nine transfers that are in flight at once. Not hidden behind the backward pass, which the step with cached feature
     gradients runs several times.
     """
-    if world() > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
-            work.wait()
-        torch._foreach_div_(grads, world())
+    if world() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    enough = sum(g.numel() for g in gradients) / 8
+    buckets, filled = [], math.inf
+    for g in gradients:
+        if filled >= enough:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(g)
+        filled += g.numel()
+    flat = [torch.cat([g.flatten() for g in bucket]) for bucket in buckets]
+    transfers = [dist.all_reduce(f, async_op=True) for f in flat]
+    for transfer, f, bucket in zip(transfers, flat, buckets):
+        transfer.wait()
+        means = (f / world()).split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket)])
 
 
 # ------------------------------------------------------------------------------------------------------ views, colours
