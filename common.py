@@ -2402,6 +2402,9 @@ class Training:
 
     def steps(self, stream):
         """Counts what `stream` yields: it begins with the step that is to come first and ends with the last."""
+        if self.step >= self.total:  # all of it is behind the run
+            self.run.finish(self.stage)
+            return
         stream = iter(stream)
         listening = contextlib.nullcontext()
         if self.run.folder:
@@ -2731,7 +2734,7 @@ def read_encoder(path):
     stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
     first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
     need(first in state and "pos_embed" in state, f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
-    state["pos_embed"] = with_cls_row(state["pos_embed"], path)
+    state["pos_embed"] = square_positions(state["pos_embed"], path)
     rows, dim = state["pos_embed"].shape[1:]
     need(own or dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
     heads = own.get("heads") or HEADS_OF_WIDTH[dim]
@@ -2785,11 +2788,10 @@ def renamed(state, path):
             for theirs, ours in DATA2VEC_NAMES.items():
                 if name.startswith(theirs):
                     found[ours + name.removeprefix(theirs)] = value
-        return found
+        return found | dict(pos_embed=with_cls_row(found["pos_embed"])) if "pos_embed" in found else found
     state = dict(state)
     if "cls_tokens.tokens" in state and "pos_embed.embed" in state:
-        table = state.pop("pos_embed.embed").flatten(1, 2)  # [1, h · w, D]
-        state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+        state["pos_embed"] = with_cls_row(state.pop("pos_embed.embed").flatten(1, 2))  # of [1, h, w, D]
         state["cls_token"] = state.pop("cls_tokens.tokens")
     if "fc_norm.weight" in state and "norm.weight" not in state:
         print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here it stands before; --pool mean fits it")
@@ -2797,15 +2799,20 @@ def renamed(state, path):
     return state
 
 
-def with_cls_row(table, path):
-    """A position table [1, rows, D] of a square grid with its row for [CLS], which MAE-CT's fixed table has not."""
+def with_cls_row(table):
+    """A position table [1, h · w, D] with a row of zeros for [CLS]."""
+    return torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+
+
+def square_positions(table, path):
+    """A position table [1, 1 + h · h, D]; MAE-CT's fixed one, which has no row for [CLS], gets it. Others are refused."""
     rows, dim = table.shape[1:]
     if math.isqrt(rows - 1) ** 2 == rows - 1:
         return table
     side = math.isqrt(rows)
     fixed = side**2 == rows and torch.allclose(table.float(), sincos_positions(dim, side, side)[:, 1:], atol=1e-2)
     need(fixed, f"{path}: its position table has {rows} rows, which is no square grid and a row for [CLS]")
-    return torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+    return with_cls_row(table)
 
 
 def load_file(path):
