@@ -120,7 +120,7 @@ class Job:
     def load_labelled(self):
         """(training, validation images) of the data, both with labels."""
         train, val = load_splits(self.data, labels=True)
-        need(val is not None, f"--data {self.data}: there is no val/ or test/ to evaluate on")
+        need(val is not None, f"--data {self.data}: there is no val/, validation/ or test/ to evaluate on")
         return train, val
 
     def load_classifier(self, path=None):

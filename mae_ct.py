@@ -19,7 +19,7 @@ Easy to get wrong:
   - A queue older than an epoch holds the sample itself: its own embedding is excluded from its neighbours.
   - Rows of the logits are neighbours (no gradient), columns are predictions of all ranks, gathered with gradient.
   - z comes from an EMA of the projector, p from the projector itself; the EMA's BatchNorm buffers are copied.
-  - lr = base * batch * views / 256 with two views in stages head and ct (A.1), one in mae.
+  - lr = base * batch * views / 256 with two views in stage ct (A.1) and, in the authors' code, in stage head; one in mae.
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
 """
 
@@ -193,7 +193,7 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     s = run.settings
     f.freeze(frozen)
     f_m = frozen_copy(f) if frozen < f.depth else f
-    scale = s.batch * 2 / 256  # A.1: batch size x views / 256
+    scale = s.batch * 2 / 256  # batch size x views / 256: A.1 for stage ct, the code for head too
     groups = parameter_groups(head, head_lr * scale, s.head_weight_decay)
     groups += parameter_groups(f, lr * scale, s.weight_decay, s.layer_decay)
     optimizer = adamw(groups, zero=s.zero)

@@ -74,7 +74,7 @@ class Settings(RunSettings):
     temperature: Positive = 0.2  # 0.3 for H, 0.35 for 2B
     k: Count = 20  # the neighbour is one of them at random
     global_scale_min: Share = 0.25  # area of the 2 global views; that of local views lies below
-    local_views: Whole = 10  # 0: no multi-crop (Table 1f)
+    local_views: Whole = 10  # 0: no multi-crop (Table 1f, with --global_scale_min 0.08)
     local_size: Count = 96  # pixels; 98 for patches of 14
     local_scale_min: Share = 0.05
     color: bool = True  # A.2: --no_color for crop and flip alone, half the epochs

@@ -302,7 +302,7 @@ def prepare(argv):
     images = None
     if s.images and not s.cost:
         images = load_splits(s.images, labels=True)
-        need(images[1], f"--images {s.images}: there is no val/ or test/ to evaluate on")
+        need(images[1], f"--images {s.images}: there is no val/, validation/ or test/ to evaluate on")
     return s, machine, train, (train, val) if val else None, images
 
 
