@@ -1205,8 +1205,8 @@ def load_images(data, split, labels=True):
     """A split of a built-in set, a folder, or a torchvision set by name.
 
     Args:
-        data: "shapes"; a folder with train/ and val/ (validation/, test/) of class folders, or any tree of images if `labels` is
-            False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
+        data: "shapes"; a folder with train/ and val/ (validation/, test/) of class folders, or any tree of images if
+            `labels` is False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
             noise that stands for ImageNet's 1 281 167 images under --cost.
         split: "train" or "val".
         labels: whether class labels are needed.
@@ -1447,8 +1447,8 @@ def load_videos(data, split, labels=False, gap=-1):
     """A split of a video set.
 
     Args:
-        data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (validation/, test/) of class folders, a
-            folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
+        data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (validation/, test/) of class
+            folders, a folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
             own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each folder
             of images is one video; those that lie in the root itself are stills.
         split: "train" or "val"; labels: whether class labels are needed; gap: see sample_frames.
@@ -1460,13 +1460,13 @@ def load_videos(data, split, labels=False, gap=-1):
     need(os.path.isdir(data), f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
     folder = split_folder(data, split)
     has_split = folder != Path(data)
-    need(has_split or not labels, f"--data {data}: labels are needed, but there is no train/ and val/ with one folder per class")
+    need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
     clips, images = find_files(folder, VIDEO_SUFFIXES), find_files(folder, SUFFIXES)
     if clips:
         need_torchcodec(data, clips)
     if any(clip.lower().endswith(".avi") for clip in clips):
-        print0("AVI files have no presentation times: with B-frames other frames come than are asked for; to be safe remux them: "
-               "ffmpeg -fflags +genpts -i x.avi -c copy x.mkv")  # fmt: skip
+        print0("AVI files have no presentation times: with B-frames other frames come than are asked for; to be safe remux "
+               "them: ffmpeg -fflags +genpts -i x.avi -c copy x.mkv")  # fmt: skip
     stills_at = 2 if has_split else 1  # how deep in the tree an image is one of its own
     depth = len(folder.parts)
     frames = [f for f in images if len(Path(f).parts) - depth > stills_at]
@@ -1489,8 +1489,8 @@ def need_torchcodec(data, clips):
     except Exception as e:  # torchcodec without its FFmpeg raises a RuntimeError
         raise InputError(
             f"--data {data}: {len(clips)} video files such as {clips[0]} need torchcodec and FFmpeg "
-            "(pip install torchcodec); or make folders of frames: mkdir CLIP; ffmpeg -i CLIP.mp4 -fps_mode passthrough CLIP/%06d.jpg"
-            " (older ffmpeg: -vsync 0)"
+            "(pip install torchcodec); or make folders of frames: mkdir CLIP; "
+            "ffmpeg -i CLIP.mp4 -fps_mode passthrough CLIP/%06d.jpg (older ffmpeg: -vsync 0)"
         ) from e
 
 
@@ -1622,8 +1622,8 @@ def batches(images, views, batch, first, total, seed, machine):
 
 
 def shuffled(count, batch, first, total, seed):
-    """Yields (epoch, indices [batch // world]) of steps first … total − 1. An epoch is a permutation, cut into global batches
-    (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""
+    """Yields (epoch, indices [batch // world]) of steps first … total − 1. An epoch is a permutation, cut into global
+    batches (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""
     n, per_epoch = batch // world(), count // batch
     order = None
     for step in range(first, total):
@@ -2379,7 +2379,9 @@ class Training:
         self.count, self.batch = count, batch
         self.per_epoch = count // batch
         self.total = max(1, round(epochs * self.per_epoch))
-        self.step = self.total if stage in run.finished else run.take_checkpoint(stage, state, count)  # the next, or in progress
+        self.step = self.total  # the next one, or the one in progress
+        if stage not in run.finished:
+            self.step = run.take_checkpoint(stage, state, count)
         self.skipped_in_a_row = 0
         self.stop = False  # some process was told to end
         self.signals = StopSignals(stage, run.how_to_resume())
@@ -2517,12 +2519,12 @@ def tell_proportions(training, ema, queue):
     if settings.cost or training.step == steps:
         return
     constants = steps * (1 - ema)
-    print0(f"{training.stage}: {steps} steps are {constants:.3g} time constants of the EMA: it keeps {100 * ema**steps:.2g} % of "
-           "its start")  # fmt: skip
+    print0(f"{training.stage}: {steps} steps are {constants:.3g} time constants of the EMA, which keeps "
+           f"{100 * ema**steps:.2g} % of its start")  # fmt: skip
     if constants < 3:
         print0(f"that is little: encoder.pt will be near its start; choose --ema {max(0.0, 1 - 5 / steps):.4g} or more epochs")
     if steps * training.batch < queue:
-        print0(f"the queue of {queue} will not be filled by {steps * training.batch} samples: choose a smaller --queue or more epochs")
+        print0(f"{steps * training.batch} samples will not fill the queue of {queue}: choose a smaller --queue or more epochs")
 
 
 def finite(value):
@@ -2694,7 +2696,8 @@ def init_encoder(encoder, path):
     state, config = read_encoder(path)
     kinds = ["post-norm" if post_norm else "pre-norm" for post_norm in (config["post_norm"], encoder.config["post_norm"])]
     need(kinds[0] == kinds[1],
-         f"{path}: its blocks are {kinds[0]}, those of the model {kinds[1]} (data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
+         f"{path}: its blocks are {kinds[0]}, those of the model {kinds[1]} "
+         "(data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
     load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
 
 
@@ -2780,7 +2783,7 @@ def without_prefix(state, path):
 
 
 def renamed(state, path):
-    """Weights under the names of fairseq's data2vec 2.0, of MIM-Refiner's published files, of MAE's fine-tuned ones → ours."""
+    """Weights under fairseq's names of data2vec 2.0, those of MIM-Refiner's files or of MAE's fine-tuned ones → ours."""
     if any("modality_encoders.IMAGE." in name for name in state):
         found = {}
         for name, value in state.items():

@@ -261,7 +261,9 @@ def combined_pretraining(run, f, decoder, head, images):
         dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
         def objective(y1, y2):
-            loss, aux = head.loss(y1, y2, data.index, data.labels, dice, s.head_temperature, 1, s.nn_lookup, False, s.stop_gradient)
+            loss, aux = head.loss(
+                y1, y2, data.index, data.labels, dice, s.head_temperature, 1, s.nn_lookup, stop_gradient=s.stop_gradient
+            )
             return s.combined_weight * loss, aux | dict(nnclr=loss.detach())
 
         # in one piece: y, mae = encode(x1, x2, noise); loss, aux = objective(*y); (loss + mae.mean()).backward()
