@@ -714,6 +714,8 @@ def run_probe(
     plain = last == 1 and not both
     need(plain or not PROBE_RECIPES[recipe].grid, f"--recipe {recipe} tries features of its own: leave out --last and --both")
     need(not (shots and lists), "--shots and --lists: choose one")
+    grid = PROBE_RECIPES[recipe].grid or [(last, None)]
+    last_blocks(job.encoder, max(n for n, _ in grid))  # are there as many?
     train, val = job.load_labelled()
     how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool="both" if both else None, cached=cached)
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
