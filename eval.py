@@ -145,10 +145,11 @@ class Job:
             write_atomic(path, config.encode())
         return run
 
-    def close_run(self):
-        """Removes that folder: the result is written."""
-        if rank() == 0:
-            shutil.rmtree(self.file(f"{self.protocol}.run"), ignore_errors=True)
+    def close_run(self, unless_stopped=False):
+        """Removes that folder: the result is written; or, `unless_stopped`, if it holds no checkpoint to go on from."""
+        folder = self.file(f"{self.protocol}.run")
+        if rank() == 0 and not (unless_stopped and any(folder.glob("*.pt"))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_lines(path):
@@ -714,8 +715,6 @@ def run_probe(
     plain = last == 1 and not both
     need(plain or not PROBE_RECIPES[recipe].grid, f"--recipe {recipe} tries features of its own: leave out --last and --both")
     need(not (shots and lists), "--shots and --lists: choose one")
-    grid = PROBE_RECIPES[recipe].grid or [(last, None)]
-    last_blocks(job.encoder, max(n for n, _ in grid))  # are there as many?
     train, val = job.load_labelled()
     how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool="both" if both else None, cached=cached)
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
@@ -1284,12 +1283,13 @@ def cluster_scores(truth, assigned):
     mutual = 2 * mean_entropy - entropy(counts, axis=None)
     expected = expected_mutual_information(a, b)
     pairs_by_chance = pairs(a) * pairs(b) / pairs(n)
-    scores = {
-        "cluster_acc": counts[linear_sum_assignment(-counts)].sum() / n,
-        "nmi": mutual / mean_entropy,
-        "ami": (mutual - expected) / (mean_entropy - expected),
-        "ari": (pairs(counts) - pairs_by_chance) / ((pairs(a) + pairs(b)) / 2 - pairs_by_chance),
-    }
+    with np.errstate(invalid="ignore"):  # of one class in one cluster they are undefined: nan, null in JSON
+        scores = {
+            "cluster_acc": counts[linear_sum_assignment(-counts)].sum() / n,
+            "nmi": mutual / mean_entropy,
+            "ami": (mutual - expected) / (mean_entropy - expected),
+            "ari": (pairs(counts) - pairs_by_chance) / ((pairs(a) + pairs(b)) / 2 - pairs_by_chance),
+        }
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
@@ -2114,9 +2114,11 @@ def pixel_confusion(logits, val, size, probes, machine):
     confusion = torch.zeros(probes, classes * classes, dtype=torch.long, device=machine.device)
     mine = [(0, part) for part in torch.arange(rank(), len(val), world()).split(16) if len(part)]
     stream = annotated_batches(val, mine, AnnotatedCrop(size), machine)
-    for x, labels in progress(stream, len(mine), "batches segmented"):
+    for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
         counted = labels >= 0
-        for counts, one in zip(confusion, logits(x)):
+        found = logits(x)
+        need(found.isfinite().all(), f"logits of the images from {val.name(part[0])} on are not finite: look at the encoder's weights")
+        for counts, one in zip(confusion, found):
             pairs_of_classes = (labels * classes + one.argmax(-1))[counted]
             counts += torch.bincount(pairs_of_classes, minlength=classes * classes)
     return gather(confusion[None]).sum(0).unflatten(1, (classes, classes))
@@ -2414,7 +2416,11 @@ def main(argv):
     for name, value in given.items():
         check_value(name, value, kinds[name])
     job, of_protocol = start_job(protocol, **given)
-    result = run(job, **of_protocol)
+    try:
+        result = run(job, **of_protocol)
+    except InputError:
+        job.close_run(unless_stopped=True)
+        raise
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
     del settings["resume"]
     print_result(result)
