@@ -1206,8 +1206,8 @@ def load_images(data, split, labels=True):
 
     Args:
         data: "shapes"; a folder with train/ and val/ (validation/, test/) of class folders, or any tree of images if
-            `labels` is False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or "random",
-            noise that stands for ImageNet's 1 281 167 images under --cost.
+            `labels` is False; or a torchvision class name in any case ("cifar10"), downloaded to ./data by torchvision; or
+            "random", noise that stands for ImageNet's 1 281 167 images under --cost.
         split: "train" or "val".
         labels: whether class labels are needed.
     """
@@ -1448,9 +1448,9 @@ def load_videos(data, split, labels=False, gap=-1):
 
     Args:
         data: "moving_shapes", "random" (see load_images), or a folder. In train/ and val/ (validation/, test/) of class
-            folders, a folder in a class folder holds the frames of one video, and a file there is a video or a still image of its
-            own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each folder
-            of images is one video; those that lie in the root itself are stills.
+            folders, a folder in a class folder holds the frames of one video, and a file there is a video or a still image
+            of its own: train/CLASS/VIDEO/000001.jpg, train/CLASS/VIDEO.mp4, train/CLASS/IMAGE.jpg. In any other tree each
+            folder of images is one video; those that lie in the root itself are stills.
         split: "train" or "val"; labels: whether class labels are needed; gap: see sample_frames.
     """
     if data == "moving_shapes":

@@ -1790,7 +1790,7 @@ def real_labels(images, content, classes, path):
     right = torch.zeros(len(images), len(classes), dtype=torch.bool)
     for i, numbers in zip(order, content):
         need(numbers is not None, f"{path} has no labels for {names[i]}")
-        are_classes = isinstance(numbers, list) and all(number in range(len(classes)) for number in numbers)
+        are_classes = isinstance(numbers, list) and all(type(n) is int and 0 <= n < len(classes) for n in numbers)
         need(are_classes, f"{path}: expected lists of numbers from 0 to {len(classes) - 1}, found {numbers!r}")
         right[i, numbers] = True
     return right
@@ -2254,6 +2254,7 @@ def multi_view(classifier, videos, cut, machine, batch=32):
     for views, used in progress(decode(videos, order, cut, machine), len(order), "batches of videos"):
         with autocast(machine.device, machine.precision):
             probabilities = sum(classifier(standardise_clips(view)).softmax(1) for view in views)  # [n, C]
+        need_finite(probabilities, videos, used)
         right.append(probabilities.argmax(1) == labels[used])
     return 100 * gather(torch.cat(right))[: len(videos)].float().mean().item()
 
