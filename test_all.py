@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -1941,6 +1940,8 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
     for ours, reference in ((after["encoder"], f), (after["ema"], f_m)):
         assert [name for name, _ in ours.named_parameters()][-1] == "norm.bias"
         assert all_equal(touched(ours)[:-1], touched(reference)[:-1], 1e-8)
+    saved = torch.load(tmp_path / "run" / "encoder.pt")["model"]  # the EMA is kept
+    assert all(torch.equal(saved[name], v) for name, v in after["ema"].state_dict().items())
     lr = max(entry["lr"] for entry in log_of(tmp_path / "run") if entry["stage"] == "mae")
     assert lr == pytest.approx(1.5e-4 * 8 / 256)  # the views do not count
 
