@@ -2098,6 +2098,7 @@ def fits(value, kind):
     return type(value) is kind or kind is float and type(value) is int
 
 
+@functools.cache
 def comments(thing):
     """{name: the comment behind it} of a dataclass's fields or a function's keyword parameters, written one a line:
     `    seed: int = 0,  # of all random numbers`."""
