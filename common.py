@@ -973,6 +973,15 @@ def average_gradients(parameters):
         torch._foreach_copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket)])
 
 
+def means_over_ranks(values, device):
+    """Means over ranks of a dict of tensors, as numbers and lists, by one transfer and one wait for the device."""
+    flat = torch.cat([v.detach().float().flatten().to(device) for v in values.values()])
+    if world() > 1:
+        dist.all_reduce(flat)
+    parts = (flat / world()).cpu().split([v.numel() for v in values.values()])
+    return {name: part.tolist() if v.ndim else part.item() for (name, v), part in zip(values.items(), parts)}
+
+
 # ------------------------------------------------------------------------------------------------------ views, colours
 
 
@@ -2233,7 +2242,9 @@ class Run:
         self.finished = self.checkpoint["finished"] if self.checkpoint else []  # stages
         self.results = {}
         if self.settings.resume and (folder / "results.json").exists():
-            self.results = read_json(folder / "results.json", "delete it, or restore it")
+            path, remedy = folder / "results.json", "delete it, or restore it"
+            self.results = read_json(path, remedy)
+            need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
 
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
@@ -2299,8 +2310,10 @@ def read_checkpoint(folder):
         return None
     try:
         content = load_file(path)
-        keys = {"stage", "step", "count", "finished", "state"}
-        need(isinstance(content, dict) and content.keys() == keys, f"{path} is no checkpoint of a run")
+        kinds = dict(stage=str, step=int, count=int, finished=list, state=dict)
+        whole = isinstance(content, dict) and content.keys() == kinds.keys()
+        whole = whole and all(type(content[name]) is kind for name, kind in kinds.items())
+        need(whole, f"{path} is no checkpoint of a run")
         return content
     except InputError as e:
         older = path == last and previous.exists()
@@ -2442,7 +2455,8 @@ class Training:
         if self.run.settings.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.settings.clip_grad, norm)
         stop = torch.tensor(float(self.signals.told))
-        means = self.average(dict(loss=loss, grad_norm=norm, stop=stop, **values))  # the one wait for the device in a step
+        values = dict(loss=loss, grad_norm=norm, stop=stop, **values)
+        means = means_over_ranks(values, self.run.machine.device)  # the one wait for the device in a step
         self.stop = means.pop("stop") > 0  # all ranks agree
         taken = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
         if taken:
@@ -2450,14 +2464,6 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         self.count_skipped(taken, means)
         return taken, means | dict(lr=max(group["lr"] for group in optimizer.param_groups))
-
-    def average(self, values):
-        """Means over ranks of tensors, as numbers and lists, by one transfer."""
-        flat = torch.cat([v.detach().float().flatten().to(self.run.machine.device) for v in values.values()])
-        if world() > 1:
-            dist.all_reduce(flat)
-        parts = (flat / world()).cpu().split([v.numel() for v in values.values()])
-        return {name: part.tolist() if v.ndim else part.item() for (name, v), part in zip(values.items(), parts)}
 
     def count_skipped(self, taken, means):
         """Tells of a skipped step; the tenth in a row is an error."""
@@ -2501,8 +2507,8 @@ class Training:
             return None
         path = self.run.folder / "log.jsonl"
         keep = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # the last line of a killed run
                 entry = json.loads(line)
                 earlier = entry["stage"] == self.stage and entry["step"] < self.step
                 if earlier or entry["stage"] in self.run.finished:
@@ -2664,7 +2670,8 @@ def print_table(rows):
     columns = [name for name, v in next(iter(rows.values())).items() if not isinstance(v, list)]
     print0(" " * 15 + "".join(f"{name:>15}" for name in columns))
     for name, row in rows.items():
-        values = [math.nan if row[column] is None else row[column] for column in columns]
+        values = [row.get(column) for column in columns]
+        values = [value if isinstance(value, int | float) else math.nan for value in values]
         print0(f"{name:>15}" + "".join(f"{value:15.1f}" for value in values))
 
 
@@ -2684,17 +2691,20 @@ def save_encoder(path, encoder, **more):
 def load_encoder(path, image_size=None, pool=None, heads=None):
     """A ViT built from an encoder file, on the CPU, in evaluation mode; positions are interpolated if `image_size` differs
     from the file's, `pool` and `heads` replace what the file says or what is assumed of it."""
-    state, config = read_encoder(path)
-    side = config["image_size"] // config["patch_size"]
-    config |= dict(image_size=image_size or config["image_size"], pool=pool or config["pool"], heads=heads or config["heads"])
-    encoder = ViT(**config)
-    load_encoder_state(encoder, state, side, path)
+    with understanding(path):
+        state, config = read_encoder(path)
+        side = config["image_size"] // config["patch_size"]
+        config["image_size"] = image_size or config["image_size"]
+        config |= dict(pool=pool or config["pool"], heads=heads or config["heads"])
+        encoder = ViT(**config)
+        load_encoder_state(encoder, state, side, path)
     return encoder.eval()
 
 
 def init_encoder(encoder, path):
     """Loads an encoder file into an encoder of the same width, depth, patch and norm placement (`--init`)."""
-    state, config = read_encoder(path)
+    with understanding(path):
+        state, config = read_encoder(path)
     kinds = ["post-norm" if post_norm else "pre-norm" for post_norm in (config["post_norm"], encoder.config["post_norm"])]
     need(kinds[0] == kinds[1],
          f"{path}: its blocks are {kinds[0]}, those of the model {kinds[1]} "
@@ -2742,6 +2752,9 @@ def read_encoder(path):
     rows, dim = state["pos_embed"].shape[1:]
     need(own or dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
     heads = own.get("heads") or HEADS_OF_WIDTH[dim]
+    pool = own.get("pool", "cls")
+    known = type(heads) is int and heads > 0 and pool in ("cls", "mean")
+    need(known, f"{path} says of its encoder: {heads} heads, pool {pool}")
     if not own:
         print0(f"{path}: {heads} attention heads are assumed of its width of {dim}, and [CLS] as the feature")
     patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
@@ -2752,7 +2765,7 @@ def read_encoder(path):
         depth=len({name.split(".")[1] for name in state if name.startswith(("blocks.", "post_blocks."))}),
         heads=heads,
         post_norm=any(name.startswith("post_blocks.") for name in state),
-        pool=own.get("pool", "cls"),
+        pool=pool,
         stem=stem,
     )
     return state, config
@@ -2826,7 +2839,9 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        if not is_torch_file(path) or not isinstance(e, pickle.UnpicklingError):
+        if not is_torch_file(path):
+            raise InputError(f"{path} is not a readable torch file: torch.save did not write it, or it is not whole") from e
+        if not isinstance(e, pickle.UnpicklingError):
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise InputError(f"{path} is not a readable torch file ({why})") from e
         raise InputError(
@@ -2840,18 +2855,46 @@ def load_file(path):
 
 def is_torch_file(path):
     """Whether torch.save wrote a file: a zip with data.pkl, or torch's old magic number."""
-    if zipfile.is_zipfile(path):
+    with contextlib.suppress(zipfile.BadZipFile):
         return any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist())
     return b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in Path(path).open("rb").read(20)
 
 
 def load_state(part, state, where):
-    """load_state_dict of a module or optimizer, whose complaint becomes one line."""
+    """load_state_dict of a module or optimizer, whose complaint becomes one line. An optimizer keeps the rates and decays
+    that it has: one may have been lowered since."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
     try:
         part.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:  # torch leaves an optimizer as it was
         why = "; ".join(line.strip() for line in str(e).splitlines()[1:]) or str(e)
         raise InputError(f"{where} does not fit: {why}"[:600]) from e
+    if isinstance(part, torch.optim.Optimizer):
+        for group, own in zip(part.param_groups, groups):
+            group.update(own)
+        need(has_moments(part), f"{where} does not fit: its moments are not those of the parameters")
+
+
+def has_moments(optimizer):
+    """Whether what an optimizer holds of each parameter is of the same names, and numbers or of the parameter's shape."""
+    states = list(optimizer.state.items())
+    for p, values in states:
+        fit = all(isinstance(v, torch.Tensor) and v.shape in ((), p.shape) for v in values.values())
+        if not fit or values.keys() != states[0][1].keys():
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def understanding(path):
+    """Within it, content of another form than expected becomes an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        why = str(e).splitlines()[:1]
+        raise InputError(f"{path} is damaged, or of another version ({type(e).__name__}: {''.join(why)[:200]})") from e
 
 
 @contextlib.contextmanager

@@ -53,8 +53,8 @@ from common import (
     decode, draw_curves, draw_per_class, draw_rows, file_names, find_files, gather, launch, load_encoder, load_file,
     load_images, load_splits, load_state, load_videos, mae_loss, need, open_run, parameter_groups, print0, progress,
     promote, random_masking, rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
-    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, uniform, unstandardise, warmup_cosine, world,
-    write_atomic,
+    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise,
+    warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ class Job:
         path = folder / "protocol.json"
         config = json.dumps(dict(data=self.data, encoder=self.encoder.config) | config, default=str)
         if rank() == 0 and self.resume:
-            same = path.is_file() and path.read_text() == config
+            same = path.is_file() and path.read_bytes() == config.encode()
             need(same, f"--resume: {folder} holds no run of this data, encoder and settings: leave --resume out, or see {path}")
         elif rank() == 0:
             need(not any(folder.glob("*.pt")), f"{folder} holds a run that was stopped: add --resume, or delete the folder")
@@ -212,6 +212,8 @@ def label_splits(train, shots, fraction, splits, lists, seed=0):
 
 def mean_of_splits(results, name):
     """Results of several training sets as one: the last's, with the mean of `name`, its deviation and the single values."""
+    whole = all(isinstance(result.get(name), int | float) for result in results)
+    need(whole, f"results.json of the run has no {name}: begin anew")
     values = [result[name] for result in results]
     if len(values) == 1:
         return results[0]
@@ -371,14 +373,18 @@ def load_classifier(path, image_size=None):
     content = load_file(path)
     whole = isinstance(content, dict) and {"model", "classifier"} <= content.keys()
     need(whole, f"{path} holds no classifier: `eval.py probe` writes probe.pt, `eval.py finetune` finetuned.pt")
-    found = content["classifier"]
     encoder = load_encoder(path, image_size)
     norm = None
-    if "norm.running_mean" in found["state"]:
-        norm = BatchNorm(len(found["state"]["norm.running_mean"]), affine=False)
-    classifier = Classifier(encoder, found["classes"], found["blocks"], found["pool"], norm)
-    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | found["state"]
-    load_state(classifier, state, str(path))
+    with understanding(path):
+        found = content["classifier"]
+        blocks, pool = found["blocks"], found["pool"]
+        known = blocks is None or type(blocks) is list and blocks and all(b in range(1, encoder.depth + 1) for b in blocks)
+        need(known and pool in ("cls", "mean", "both"), f"{path} says of its classifier: blocks {blocks}, pool {pool}")
+        if "norm.running_mean" in found["state"]:
+            norm = BatchNorm(len(found["state"]["norm.running_mean"]), affine=False)
+        classifier = Classifier(encoder, found["classes"], blocks, pool, norm)
+        state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | found["state"]
+        load_state(classifier, state, str(path))
     return classifier.eval().requires_grad_(False)
 
 
@@ -2117,7 +2123,8 @@ def pixel_confusion(logits, val, size, probes, machine):
     for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
         counted = labels >= 0
         found = logits(x)
-        need(found.isfinite().all(), f"logits of the images from {val.name(part[0])} on are not finite: look at the encoder's weights")
+        first = val.name(part[0])
+        need(found.isfinite().all(), f"logits of the images from {first} on are not finite: look at the encoder's weights")
         for counts, one in zip(confusion, found):
             pairs_of_classes = (labels * classes + one.argmax(-1))[counted]
             counts += torch.bincount(pairs_of_classes, minlength=classes * classes)

@@ -1946,6 +1946,20 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
     assert lr == pytest.approx(1.5e-4 * 8 / 256)  # the views do not count
 
 
+@pytest.mark.parametrize("program, name", [(mae_ct, "head"), (mim_refiner, "heads")])
+def test_a_step_that_is_not_taken_leaves_queue_and_averages(folders, tmp_path, program, name):
+    def skipped(training, optimizer, loss, **values):
+        optimizer.zero_grad()
+        return False, dict(loss=0.0)
+
+    with mock.patch.object(common.Training, "take_step", skipped):
+        stages = contrastive_stages(program, "--data", folders / "flat", "--out", tmp_path / "run")
+    for before, after in stages.values():
+        assert torch.equal(before[name].Q.embeddings, after[name].Q.embeddings)
+        assert all(map(torch.equal, before["ema"].parameters(), after["ema"].parameters()))
+        assert program is not mae_ct or all(map(torch.equal, before[name].g_m.parameters(), after[name].g_m.parameters()))
+
+
 def test_oracle_neighbours_are_all_of_the_samples_class():
     torch.manual_seed(0)
     head = mae_ct.NNCLRHead(16, projector_hidden=16, predictor_hidden=16, head_dim=8, queue=32).double()
@@ -4291,6 +4305,628 @@ def test_segment_or_video_that_was_stopped_goes_on_to_the_same_bits(folders, tmp
     tuned = any(not torch.equal(weights[f"encoder.{name}"], value) for name, value in before)
     assert tuned == ("time.weight" in weights) == ("joint" in flags) and len(found["finetune_by_epoch"]) == 3
     assert not tuned or weights["time.weight"].any()
+# ------------------------------------------------------------------------------------------------ what users run into
+
+import threading
+import traceback
+
+
+SMALL = "--batch 4 --mae_batch 4 --queue 16 --k 2"
+HUGE = dict(nano=(16, 3, 2))  # a `nano` whose files are small
+
+
+def class_folders(folder, train=6, val=3, classes=2, size=20):
+    """train/ and val/ of so many pictures a class."""
+    for split, count in (("train", train), ("val", val)):
+        for c in range(classes):
+            write_pictures(folder / split / f"c{c}", [(size, size)] * count)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to be in, with the data `d` and a small encoder.pt; `nano` is 16 wide."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(common.VIT_SIZES, "nano", HUGE["nano"])
+    class_folders(tmp_path / "d")
+    torch.manual_seed(0)
+    common.save_encoder("encoder.pt", common.build_vit("vit_nano8", 16))
+    return tmp_path
+
+
+def of_encoder(change, file="encoder.pt"):
+    """Writes an encoder file again, its weights changed."""
+    content = torch.load(file)
+    torch.save(content | dict(model={k: change(k, v) for k, v in content["model"].items()}), file)
+
+
+def evaluate(protocol, *argv):
+    """eval.py on the data `d` in this folder."""
+    return main(*f"{protocol} --encoder encoder.pt --data d --workers 0 --precision float32".split(), *argv, program=protocols)
+
+
+PASSES = ("knn", "probe --cached --epochs 1", "lowshot --shots 1", "cluster --runs 2", "retrieve --neighbours 3 --samples 3",
+          "embed", "stats", "blocks --epochs 1", "colorhist --epochs 1", "invariance", "robust", "segment --epochs 1 --batch 4",
+          "finetune --recipe crop_flip --epochs 1 --batch 4")  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PASSES, ids=lambda p: p.split()[0])
+@pytest.mark.parametrize("weights", ["nan", "overflow"])
+def test_no_protocol_takes_what_is_not_finite_for_a_result(place, protocol, weights):
+    name = protocol.split()[0]
+    if name == "segment":
+        for part in ("training", "validation"):
+            for i, file in enumerate(write_pictures(place / "d" / "images" / part, [(20, 20)] * 4)):
+                (place / "d" / "annotations" / part).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (20, 20), 1 + i % 2).save(str(file).replace("images", "annotations"))
+    if name in ("invariance", "robust"):
+        protocols.Classifier(common.load_encoder("encoder.pt"), ["c0", "c1"]).save(Path("probe.pt"))
+    for file in {"encoder.pt", *(["probe.pt"] if Path("probe.pt").exists() else [])}:
+        of_encoder(lambda k, v: v * (math.nan if weights == "nan" else 1e30), file)
+    with pytest.raises(InputError, match="not finite"):
+        evaluate(*protocol.split())
+    assert not Path(f"{name}.json").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_replaces_none_and_json_has_null(tmp_path):
+    run = Run(CPU, common.RunSettings(), tmp_path)
+    module = nn.Linear(2, 2)
+    run.write_checkpoint("s", 1, dict(module=module), 4)
+    before = (tmp_path / "last.pt").read_bytes()
+    nn.init.constant_(module.bias, math.inf)
+    with pytest.raises(InputError, match=r"not finite \(module: bias\); the checkpoint before is kept"):
+        run.write_checkpoint("s", 2, dict(module=module), 4)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    run.report("s", dict(a=math.nan, b=[1.0, -math.inf]))
+    assert json.loads((tmp_path / "results.json").read_text()) == {"s": dict(a=None, b=[1, None])}
+
+
+def test_results_find_a_place_before_the_work_and_never_that_of_others(place):
+    (place / "file").touch()
+    with mock.patch.object(protocols, "load_splits", None), pytest.raises(InputError, match="another folder with --out"):
+        evaluate("knn", "--out", "file/x")
+    evaluate("knn", "--out", "new/results")
+    first = (place / "new/results/knn.json").read_bytes()
+    shutil.copytree("d", "other")
+    evaluate("knn", "--out", "new/results", "--data", "other")
+    assert (place / "new/results/knn.json").read_bytes() == first
+    said = [json.loads((place / f"new/results/knn{n}.json").read_text())["settings"]["data"] for n in ("", "_2")]
+    assert said == ["d", "other"]
+    (place / "finetuned.pt/x").mkdir(parents=True)  # cannot be replaced by a file
+    said = evaluate("finetune", *"--recipe crop_flip --epochs 1 --batch 4".split())
+    assert "finetune  " in said
+    kept = re.search(r"The classifier is in (\S+)", said)[1]
+    assert protocols.load_classifier(kept).classes == ["c0", "c1"]
+    shutil.rmtree(Path(kept).parent)
+
+
+def stuck(images, i):
+    """Images.open on a dead disk."""
+    Path("reached").touch()
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_run_that_waits_for_data_can_be_stopped(place, workers, signals):
+    def run():
+        sys.stderr = open("err.txt", "w")
+        with mock.patch.object(Images, "open", stuck):
+            main(TINY[can], f"--data d/train --out run --workers {workers}", program=can)
+
+    child = torch.multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    while not Path("reached").exists():
+        assert child.is_alive()
+        time.sleep(0.05)
+    begin = time.monotonic()
+    for i in range(signals):
+        os.kill(child.pid, signal.SIGTERM if i else signal.SIGINT)
+        time.sleep(0.5)
+    child.join(60)
+    assert child.exitcode == 1
+    how = "while it waited for data" if signals == 1 else "by a second signal"
+    assert how in Path("err.txt").read_text() and "--out run --resume" in Path("err.txt").read_text()
+    assert signals == 2 or time.monotonic() - begin > 4  # a step in progress has its time
+
+
+def test_a_dead_worker_names_the_remedies(place):
+    with mock.patch.object(Images, "open", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+        with pytest.raises(InputError, match="--workers 0; in a container.*--shm-size"):
+            main(TINY[can], "--data d/train --out run --workers 1", program=can)
+
+
+def warm(step):
+    """Factor of the rate in can's three steps of an epoch each, after one of warm-up."""
+    return (1 + math.cos(math.pi * (step - 1) / 2)) / 2
+
+
+def test_resume_goes_on_with_the_same_training_or_says_why_not(place):
+    main(TINY[can], "--data d/train --out run --init encoder.pt", program=can)
+    os.remove("encoder.pt")
+    for change, message in (
+        ("--lr 0.002", "--lr 0.002 contradicts"),
+        ("--seed 1", "contradicts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main("--out run --resume", change, program=can)
+    shutil.copytree("run", "more")
+    shutil.copy("d/train/c0/000.png", "d/train/c0/new.png")
+    with pytest.raises(InputError, match="of a training with 12 samples, now there are 13"):
+        main("--out more --resume", program=can)
+    os.remove("d/train/c0/new.png")
+    os.replace("run/previous.pt", "run/last.pt")
+    main("--out run --resume --lr 0.0005 --clip_grad 1 --precision float32", program=can)
+    changed = [line["changed"] for line in log_of(place / "run") if "changed" in line]
+    config = json.loads(Path("run/config.json").read_text())
+    assert changed == [dict(clip_grad=1.0, lr=0.0005)] and (config["lr"], config["clip_grad"]) == (0.0005, 1)
+    steps = [line for line in log_of(place / "run") if "loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    assert steps[2]["lr"] == pytest.approx(5e-4 * steps[1]["lr"] / 1e-3 * warm(2) / warm(1)), steps
+
+
+def test_the_hint_is_a_whole_command():
+    run = Run(CPU, command=["my dir/can.py", "--out", "a", "--resume"])
+    assert run.how_to_resume() == "go on with python 'my dir/can.py' --out a --resume"
+    with mock.patch.object(common, "world", lambda: 2):
+        assert run.how_to_resume().startswith("go on with torchrun --nproc_per_node 2 'my dir/can.py' ")
+
+
+@pytest.mark.parametrize("train, val, classes", [(2, 1, 2), (6, 3, 1), (1, 1, 6)], ids=["few", "one class", "own classes"])
+def test_small_and_odd_sets_are_trained_on_or_refused_before(place, train, val, classes):
+    class_folders(place / "small", train, val, classes)
+    for program in (mae_ct, cmae):
+        try:
+            flags = SMALL if program is mae_ct else "--batch 4"
+            main(TINY[program], flags, "--data small --out", program.__name__, program=program)
+        except InputError:
+            assert not Path(program.__name__).exists()
+        else:
+            content = Path(program.__name__, "results.json").read_text()
+            assert json.loads(content, parse_constant=pytest.fail)
+
+
+def test_proportions_are_told_before_the_training(place, capfd):
+    said = main(TINY[mae_ct], "--data d/train --out run --queue 64 --ema 0.9999 --epochs 3", program=mae_ct)
+    assert "0.0003 time constants" in said and "choose --ema" in said and "--queue" in said
+    main(TINY[mae_ct], "--data d/train --out quick --queue 16 --ema 0", program=mae_ct)
+    with pytest.raises(InputError, match="--warmup_epochs 9 outlasts --epochs 3"):
+        main(TINY[can], "--data d/train --out no --warmup_epochs 9", program=can)
+
+
+def test_data_are_announced(place, capsys):
+    (place / "d/train/c0/notes.txt").touch()
+    (place / "d/train/c0/._000.png").touch()
+    (place / "d/train/.cache").mkdir()
+    shutil.copy("d/val/c0/000.png", "d/train/.cache/a.png")
+    os.symlink("../..", "d/train/c0/back")
+    os.rename("d/val", "d/validation")
+    train, val = common.load_splits("d")
+    assert (len(train), len(val)) == (12, 6)
+    assert "d/train: 12 images, 2 classes, 1 .txt ignored" in capsys.readouterr().out
+    os.rename("d/validation/c1", "d/validation/c7")
+    with pytest.raises(InputError, match=r"different classes \(c1, c7\)"):
+        common.load_splits("d")
+    shutil.rmtree("d/validation")
+    assert common.load_splits("d")[1] is None and "there is no val/, validation/ or test/" in capsys.readouterr().out
+    write_pictures(place / "d/val", [(20, 20)])
+    assert common.load_splits("d")[1] is None and "in no class folders" in capsys.readouterr().out
+    (place / "d/train/c0/bad.png").write_text("no picture")
+    main(TINY[can], "--data d --out run --epochs 4 --no_eval", program=can)
+    assert capsys.readouterr().err.count("skipped") == 1
+
+
+def others_files():
+    """{name: (content of an encoder file, what is right: the heads, or words of the error)}"""
+    m = common.build_vit("vit_nano8", 16).state_dict()
+    table = {k: v for k, v in m.items() if k not in ("pos_embed", "cls_token")}
+    refiner = table | {"pos_embed.embed": m["pos_embed"][:, 1:].unflatten(1, (2, 2)), "cls_tokens.tokens": m["cls_token"]}
+    files = {f"prefix {p}": (dict(model={p + k: v for k, v in m.items()}), 4)
+             for p in ("module.", "_orig_mod.", "backbone.", "encoder.", "base_encoder.", "model.")}  # fmt: skip
+    files |= {
+        "teacher": (dict(student={}, teacher={"backbone." + k: v for k, v in m.items()}, epoch=3), 4),
+        "MIM-Refiner": (dict(state_dict=refiner), 4),
+        "fc_norm": (dict(model={k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in m.items()}), 4),
+        "grid 2 x 4": (dict(model=m | dict(pos_embed=torch.randn(1, 9, 128))), "9 rows, which is no square"),
+        "grid 14 x 16": (dict(model=m | dict(pos_embed=torch.randn(1, 225, 128))), "225 rows, which is no square"),
+        "no encoder": (dict(model=dict(a=torch.zeros(1))), "no ViT encoder"),
+        "a module": (common.build_vit("vit_nano8", 16), "strip it once"),
+    }
+    return files
+
+
+def test_weights_of_others_load_or_are_refused_in_words(tmp_path, capsys):
+    path, x = tmp_path / "e.pth", torch.rand(1, 3, 16, 16)
+    for name, (content, right) in others_files().items():
+        torch.save(content, path)
+        if isinstance(right, str):
+            with pytest.raises(InputError, match=right) as e:
+                common.load_encoder(path)
+            if name == "a module":
+                recipe = str(e.value).splitlines()[2:]
+                exec("\n".join(line.strip() for line in recipe).replace("stripped.pt", str(path)))
+                common.load_encoder(path)
+            continue
+        capsys.readouterr()
+        encoder = common.load_encoder(path)
+        said = capsys.readouterr().out
+        assert not encoder.training and encoder.config["heads"] == right and "4 attention heads are assumed" in said
+        prefix = name.removeprefix("prefix ") if "prefix" in name else ""
+        assert not prefix or f"the weights under {prefix} are taken" in said
+        for k, v in content.get("model", {}).items():
+            assert torch.equal(encoder.state_dict()[k.removeprefix(prefix).replace("fc_norm", "norm")], v), k
+        assert encoder(x).isfinite().all()
+    assert common.load_encoder(path, heads=8).config["heads"] == 8
+    path.write_text("<html>")
+    with pytest.raises(InputError, match="not a readable torch file") as e:
+        common.load_encoder(path)
+    assert "weights_only" not in str(e.value)
+
+
+LIST = "c0/000.png\r\nc1/é.png\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_lists_are_read_in_any_encoding(tmp_path, encoding):
+    (tmp_path / "list").write_bytes(LIST.encode(encoding))
+    assert protocols.read_lines(tmp_path / "list") == LIST.split()
+
+
+def test_names_that_are_no_text_optimised_python_and_an_ascii_terminal(place):
+    for name in (b"d/train/c0/\xff.png", "d/train/c0/é.png".encode()):
+        Path(os.fsdecode(name)).write_bytes(b"no picture")
+    words = f"-OO {HERE}/can.py {TINY[can]} --data d/train --out run --batch 14 --epochs 1 --warmup_epochs 0".split()
+    environment = quiet_environment() | dict(PYTHONIOENCODING="ascii", LC_ALL="C")
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert rb"\udcff.png" in done.stderr and rb"\xe9.png" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("data", ["ImageFolder", "FakeData", "no/such"])
+def test_one_line_for_half_a_torchrun_and_for_names_that_are_no_data(monkeypatch, place, data):
+    with pytest.raises(InputError, match=f"--data {data.lower()}"):
+        main(TINY[can], "--data", data, program=can)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is set, but RANK"):
+        main(TINY[can], "--data d", program=can)
+
+
+def test_avi_files_are_warned_of(place, capsys):
+    (place / "a.avi").touch()
+    with pytest.raises(InputError, match="-fps_mode passthrough.*-vsync 0"), mock.patch.dict(sys.modules, torchcodec=None):
+        common.load_videos(".", "train")
+    with mock.patch.object(common, "need_torchcodec"):
+        common.load_videos(".", "train")
+    assert "ffmpeg -fflags +genpts -i x.avi -c copy x.mkv" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------- fuzz
+
+ODD = ["-1", "0", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e30", "1e-30", "x", "", "é", "٣", "1_0", "0x1", "d",
+       "list.txt", "encoder.pt", "run", "no/such", "-", "1,2", "%s", "a b"]  # fmt: skip
+BRIEF = ["-1", "0", "0.5", "1", "2", "nan", "inf", "x", ""]
+NOT_TRIED = {"--help", "-h", "--compile", "--cost", "--data"}  # the last has values of its own below
+QUICK = {  # what each subcommand needs to be quick
+    "knn": "--data d", "probe": "--data d --cached --epochs 1", "lowshot": "--data d --shots 1", "cluster": "--data d --runs 1",
+    "finetune": "--data d --recipe crop_flip --epochs 1 --batch 6", "retrieve": "--data d --neighbours 2 --samples 2",
+    "embed": "--data d", "blocks": "--data d --epochs 1", "invariance": "--data d", "colorhist": "--data d --epochs 1",
+    "stats": "--data d", "segment": "--data ade --epochs 1 --batch 4", "robust": "--data d",
+    "video": "--data v --recipe shapes --epochs 1 --batch 4 --frames 2",
+}  # fmt: skip
+DAMAGED = {  # what reads an input
+    "d": ["knn", "cluster --runs 1", "can", "cmae"], "v": ["vicmae", "video"], "ade": ["segment"],
+    "encoder.pt": ["knn", "stats", "can --init encoder.pt"], "probe.pt": ["robust", "invariance"],
+    "run": ["can --resume --out run"], "finetune.run": ["finetune --resume"], "knn.json": ["knn"],
+    "list.txt": ["lowshot --lists list.txt"], "classes.txt": ["cluster --classes classes.txt --runs 1"],
+    "map.json": ["robust --mapping map.json"], "real.json": ["robust --real real.json"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a small one of every kind of input; `nano` is 16 wide as long as it is used."""
+    root = tmp_path_factory.mktemp("inputs")
+    with mock.patch.dict(common.VIT_SIZES, HUGE), contextlib.chdir(root):
+        class_folders(root / "d", size=16)
+        for i, suffix in enumerate(("jpg", "gif", "tif", "webp", "bmp")):
+            Image.open("d/train/c0/000.png").save(f"d/train/c{i % 2}/more{i}.{suffix}")
+        for split in ("train", "val"):
+            for c in ("a", "b"):
+                write_clips(root / "v" / split / c, pictures(6, 16, 16).unflatten(0, (2, 3)))
+        for part in ("training", "validation"):
+            (root / "ade/annotations" / part).mkdir(parents=True)
+            for i, file in enumerate(write_pictures(root / "ade/images" / part, [(16, 16)] * 4)):
+                Image.new("L", (16, 16), 1 + i % 2).save(str(file).replace("images", "annotations"))
+        common.save_encoder("encoder.pt", common.build_vit("vit_nano8", 16))
+        protocols.Classifier(common.load_encoder("encoder.pt"), ["c0", "c1"]).save(Path("probe.pt"))
+        Path("list.txt").write_text("c0/000.png\nc1/001.png\n")
+        Path("classes.txt").write_text("c0\nc1\n")
+        Path("map.json").write_text(json.dumps(dict(c0="c1", c1=["c0", "c1"])))
+        Path("real.json").write_text(json.dumps([[0], [1], [0, 1], [], [1], [0]]))
+        main(TINY[can], "--data d --out run --no_eval", program=can)
+        os.replace("run/previous.pt", "run/last.pt")
+        Path("run/results.json").write_text(json.dumps(dict(can=dict(knn=50.0, probe=60.0))))
+        evaluate("knn")
+        with mock.patch.object(protocols.Job, "close_run"):
+            main(*command("finetune"), program=protocols)
+        os.remove("finetune.json")
+        os.remove("finetuned.pt")
+    return root
+
+
+def command(name, *more):
+    """The words of a quick call of a paper's program (into `out`) or of a protocol."""
+    if name in QUICK:
+        return [name, *"--encoder encoder.pt --workers 0 --precision float32".split(), *QUICK[name].split(), *more]
+    program = next(p for p in TINY if p.__name__ == name)
+    words = [] if "--resume" in more else [*TINY[program].split(), "--data", "v/train" if name == "vicmae" else "d/train"]
+    quick = [] if "--resume" in more else "--epochs 1 --warmup_epochs 0 --out out --no_eval".split()
+    if name in ("mae_ct", "mim_refiner"):
+        quick += "--mae_epochs 1 --mae_warmup_epochs 0 --head_epochs 1 --k 2".split()
+    return [*words, *quick, *more]
+
+
+def flags_of(name):
+    """{flag: its choices, or None; False for those without a value} of a paper's program or a protocol."""
+    if name not in QUICK:
+        program = next(p for p in TINY if p.__name__ == name)
+        parser = common.Parser(add_help=False)
+        for f in dataclasses.fields(program.Settings):
+            common.add_flag(parser, f.name, f.type, "")
+    else:
+        parser = protocols.command_line()._subparsers._group_actions[0].choices[name]
+    return {flag: False if a.nargs == 0 else a.choices for a in parser._actions for flag in a.option_strings}
+
+
+def odd_command(dice):
+    """(program, words): one to three flags of a program's own with odd values."""
+    name = dice.choice([*QUICK, *(p.__name__ for p in TINY)] + [p.__name__ for p in TINY])
+    flags = {flag: choices for flag, choices in flags_of(name).items() if flag not in NOT_TRIED}
+    more = []
+    for flag in dice.sample(sorted(flags), dice.randint(1, 3)):
+        values = ODD + list(flags[flag] or []) * (name != "lowshot")
+        if "epochs" in flag or flag == "--splits":
+            values = BRIEF
+        elif flag == "--workers":
+            values = ["-2", "nan", "x", "0"]
+        elif flag == "--model":
+            values = [*ODD, "vit_nano8", "vit_nano16", "vit_nano3", "vit_nano"]
+        more += [flag] if flags[flag] is False else [flag, dice.choice(values)]
+    if dice.random() < 0.1:
+        more += ["--data", dice.choice(["", "x", "d/val", "list.txt", "v", "ade", "imagefolder", "."])]
+    return name, command(name, *more)
+
+
+def damage(dice, path):
+    """Damages a file of any kind."""
+    data = bytearray(path.read_bytes())
+    kind = dice.choice(["bytes", "structure", "structure"]) if path.suffix in (".pt", ".json", ".jsonl", ".png") else "bytes"
+    if kind == "structure" and path.suffix == ".pt":
+        content = torch.load(path)
+        damage_part(dice, content)
+        torch.save(content, path)
+    elif kind == "structure" and path.suffix == ".png":
+        mode = dice.choice(["1", "L", "P", "RGBA", "LA", "I;16", "RGB"])
+        Image.new(mode, (dice.choice([1, 3, 16, 700]), dice.choice([1, 16]))).save(path)
+    elif kind == "structure":
+        content = [json.loads(line) for line in data.splitlines()] if path.suffix == ".jsonl" else json.loads(data)
+        damage_part(dice, content)
+        lines = [json.dumps(c) for c in (content if path.suffix == ".jsonl" else [content])]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        at, n = dice.randrange(len(data)), dice.choice([1, 4, 100])
+        change = dice.choice(["cut", "flip", "zero", "insert", "empty", "swap", "folder", "gone"])
+        if change == "cut":
+            del data[at:]
+        elif change == "flip":
+            for _ in range(n):
+                data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        elif change == "zero":
+            data[at : at + n] = bytes(min(n, len(data) - at))
+        elif change == "insert":
+            data[at:at] = dice.randbytes(n)
+        elif change == "empty":
+            data.clear()
+        elif change == "swap":
+            data = dice.choice(sorted(f for f in Path().iterdir() if f.is_file())).read_bytes()
+        path.unlink()
+        if change == "folder":
+            path.mkdir()
+        elif change != "gone":
+            path.write_bytes(data)
+
+
+def damage_part(dice, content):
+    """Changes, removes or adds one entry somewhere in nested dicts and lists."""
+    while True:
+        keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+        if not keys:
+            return
+        key = dice.choice(keys)
+        inner = content[key]
+        if not isinstance(inner, dict | list) or dice.random() < 0.3:
+            break
+        content = inner
+    odd = [None, math.nan, -1, 0, 10**6, 0.5, "x", "", [], {}, [None], {"x": 1}, True, [[]], torch.zeros(3), torch.zeros(0)]
+    if isinstance(inner, torch.Tensor) and dice.random() < 0.7:
+        odd = [inner * math.nan, inner[None], inner.flatten(), inner.int(), inner.double(), inner.flatten()[:1],
+               inner.bfloat16(), inner * 1e30, inner * 0, inner.to(torch.complex64), inner.bool()]  # fmt: skip
+    elif dice.random() < 0.3:
+        del content[key]
+        return
+    value = dice.choice(odd)
+    content[key] = value if not isinstance(value, torch.Tensor) or has_tensors(content) else "tensor"
+
+
+def has_tensors(content):
+    """Whether tensors may stand in here, as they may not in JSON."""
+    return any(isinstance(v, torch.Tensor) for v in (content.values() if isinstance(content, dict) else content))
+
+
+def digests(folder):
+    """{file: a digest of its bytes} below a folder."""
+    return {f: hashlib.blake2b(f.read_bytes()).digest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def no_nan(file):
+    """Whether a file of results has no number that is not finite."""
+    if file.suffix == ".json":
+        numbers = []
+        json.loads(file.read_text(), parse_constant=numbers.append)
+        return not numbers
+    if file.suffix != ".pt":
+        return True
+    content = torch.load(file)
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    return all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+class Hang(Exception):
+    """A case took longer than two minutes."""
+
+
+def hang(*_):
+    raise Hang
+
+
+def what_went_wrong(name, words, before):
+    """Runs one case in the current folder; (how it ended, what is wrong with that or None)."""
+    alarm = threading.Timer(120, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    alarm.start()
+    program = next((p for p in TINY if p.__name__ == name), protocols)
+    ended, said = "done", ""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            main(*words, program=program)
+    except InputError as e:
+        ended = "InputError"
+        if not str(e).strip() or len(str(e)) > 2000:
+            return ended, f"message {e}"
+        said = str(e)
+    except SystemExit as e:
+        ended = f"SystemExit {e.code}"
+    except BaseException as e:
+        place = traceback.extract_tb(e.__traceback__)
+        ours = [f for f in place if Path(f.filename).parent == HERE and "test_all" not in f.filename][-1:]
+        return "exception", f"{type(e).__name__}: {str(e)[:150]} at {[(Path(f.filename).name, f.lineno) for f in ours]}"
+    finally:
+        alarm.cancel()
+    after = digests(Path())
+    changed = [str(f) for f in before if after.get(f) != before[f]]
+    own = (f"{name}.", "run/", "finetune.run/", "finetuned.pt")  # a run that goes on; a result of the same data, found again
+    if ended != "done":
+        own = ("run/log.jsonl", "finetune.run/log.jsonl") if "--resume" in words else ()
+    overwritten = [f for f in changed if not f.startswith(own)] if own else changed
+    if overwritten:
+        return ended, f"overwritten {overwritten} {said}"
+    odd = [str(f) for f in after if f not in before or before[f] != after[f] if not no_nan(f)]
+    return ended, f"not finite: {odd}" if odd and ended == "done" else None
+
+
+def test_odd_command_lines_and_damaged_files_end_in_words(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(common.VIT_SIZES, "nano", HUGE["nano"])
+    monkeypatch.setattr(signal, "alarm", lambda seconds: 0)
+    before_handler = signal.signal(signal.SIGUSR1, hang)
+    tried, wrong = collections.Counter(), []
+    first, count = int(os.environ.get("FUZZ_FROM", 0)), int(os.environ.get("FUZZ_N", 330))  # DEBUG
+    for seed in range(first, first + count):
+        dice = random.Random(seed)
+        case = shutil.copytree(inputs, tmp_path / str(seed))
+        with contextlib.chdir(case):
+            if seed % 2:
+                kind = "command"
+                name, words = odd_command(dice)
+            else:
+                kind = dice.choice(list(DAMAGED))
+                files = [f for f in sorted(Path(kind).rglob("*")) if f.is_file()] or [Path(kind)]
+                hurt = dice.sample(files, dice.randint(1, min(3, len(files))))
+                for file in hurt:
+                    damage(dice, file)
+                name, *more = dice.choice(DAMAGED[kind]).split()
+                words = command(name, *more)
+                kind = f"damaged {kind}"
+            ended, fault = what_went_wrong(name, words, digests(Path()))
+        tried[f"{kind}: {ended}"] += 1
+        if "FUZZ_LOG" in os.environ: open("/tmp/w/t/_fuzz.log", "a").write(f"{seed} {kind} {name} {ended} {fault} {words[-8:]}\n")  # DEBUG
+        if fault:
+            wrong.append(f"{seed} {kind} {name} {words[-6:]} {fault}")
+        shutil.rmtree(case)
+    signal.signal(signal.SIGUSR1, before_handler)
+    print(*sorted(tried.items()), sep="\n")
+    assert not wrong, "\n".join(wrong)
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+STOPPED = {  # the command, what it ends with, and where its checkpoints are
+    "can": (f"can.py {TINY[can]} --data d --no_eval --epochs 6 --save_every 2 --out run", "run/encoder.pt", "run"),
+    "finetune": ("eval.py finetune --encoder encoder.pt --data d --workers 0 --precision float32 --recipe crop_flip --batch 4 "
+                 "--epochs 6", "finetuned.pt", "finetune.run"),
+    "segment": ("eval.py segment --encoder encoder.pt --data ade --workers 0 --precision float32 --batch 4 --epochs 12",
+                "segment.json", "segment.run"),
+}  # fmt: skip
+
+
+def start(name, processes, resume):
+    """The program of STOPPED in the current folder, by itself or under torchrun, as a process group of its own."""
+    program, *words = STOPPED[name][0].split()
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if resume:
+        words = ["--out", "run", "--resume"] if name == "can" else [*words, "--resume"]
+    return subprocess.Popen([*launcher, str(HERE / program), *words], env=quiet_environment(), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=open("err.txt", "a"))  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_program_stopped_ten_times_at_random_moments_leaves_old_files_whole(inputs, tmp_path, name, processes, told):
+    """One moment before and nine between the first step and the last; resumed until it ends, alone to the same bits."""
+    _, file, run = STOPPED[name]
+    dice, statuses = random.Random(f"{name} {processes} {told}"), []
+    for folder in ("whole", "broken"):
+        shutil.copytree(inputs, tmp_path / folder, ignore=shutil.ignore_patterns("run", "finetune.run"))
+    with contextlib.chdir(tmp_path / "whole"):
+        assert start(name, processes, False).wait() == 0, Path("err.txt").read_text()
+    with contextlib.chdir(tmp_path / "broken"):
+        before = digests(Path())
+        while not Path(file).exists():
+            begun = any(Path(run, checkpoint).exists() for checkpoint in common.CHECKPOINTS)
+            if not begun:
+                shutil.rmtree(run, ignore_errors=True)
+            program = start(name, processes, begun)
+            log = Path(run, "log.jsonl")
+            steps = log.read_bytes().count(b"\n") if log.exists() else 0
+            wanted = dice.randint(0, 3) if len(statuses) < 10 else math.inf
+            while program.poll() is None and wanted < math.inf:
+                lines = log.read_bytes().count(b"\n") if log.exists() else 0
+                if wanted == 0 and not statuses or lines >= steps + wanted > steps:
+                    time.sleep(dice.random() / 20)
+                    os.killpg(program.pid, told) if told == signal.SIGKILL or processes == 1 else os.kill(program.pid, told)
+                    break
+                time.sleep(0.002)
+                wanted = wanted or 1
+            statuses.append(program.wait())
+            if told == signal.SIGKILL and processes > 1:
+                time.sleep(1)  # the agent's workers are in its session, but end after it
+            for saved in Path(run).glob("*.pt"):
+                assert torch.load(saved)
+            after = digests(Path())
+            assert all(after[f] == before[f] for f in before)
+            assert len(statuses) < 30, Path("err.txt").read_text()
+        assert "Traceback" not in Path("err.txt").read_text() or statuses[0] or processes > 1
+        fine = {0, -told, 1, 2} if processes > 1 else {0, 1, 130, -told}
+        assert set(statuses) <= fine and statuses[-1] == 0, statuses
+    if processes == 1 and file.endswith("pt"):
+        same_weights(tmp_path / "whole", tmp_path / "broken", (file,))
+    if processes == 1 and file.endswith("json"):
+        found, expected = (json.loads((tmp_path / folder / file).read_text()) for folder in ("broken", "whole"))
+        assert found == expected
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
