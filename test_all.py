@@ -1002,6 +1002,8 @@ def test_reconstruction_shows_visible_patches_and_predictions():
             assert not masked.any() and error(restored, expected) < 1e-10
         else:
             assert torch.equal(masked, patch) and error(restored, patch) < 1e-12
+
+
 # ------------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
 
 
@@ -1733,6 +1735,8 @@ def test_colours_on_a_gpu_are_those_of_the_cpu():
     x, noise = pictures(20, 48, 48), uniform((0, "colour"), torch.arange(20), 13)
     colour = common.Colour((0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
     assert error(common.augment(x.cuda(), colour, noise), common.augment(x, colour, noise)) < 1e-3
+
+
 # ------------------------------------------------------------------------------------- MAE-CT, MIM-Refiner: plain loops
 
 
@@ -2902,6 +2906,8 @@ def test_encoders_of_either_stem_are_read_as_what_they_are(tmp_path):
         common.init_encoder(plain, tmp_path / "conv")
     with pytest.raises(RuntimeError, match="patch_embed.proj.weight"):
         timm_vit(hybrid.state_dict())
+
+
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -4305,6 +4311,8 @@ def test_segment_or_video_that_was_stopped_goes_on_to_the_same_bits(folders, tmp
     tuned = any(not torch.equal(weights[f"encoder.{name}"], value) for name, value in before)
     assert tuned == ("time.weight" in weights) == ("joint" in flags) and len(found["finetune_by_epoch"]) == 3
     assert not tuned or weights["time.weight"].any()
+
+
 # ------------------------------------------------------------------------------------------------ what users run into
 
 import threading
