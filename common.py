@@ -2507,7 +2507,7 @@ class Training:
             return None
         path = self.run.folder / "log.jsonl"
         keep = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # the last line of a killed run
                 entry = json.loads(line)
                 earlier = entry["stage"] == self.stage and entry["step"] < self.step
