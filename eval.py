@@ -146,9 +146,11 @@ class Job:
         return run
 
     def close_run(self, unless_stopped=False):
-        """Removes that folder: the result is written; or, `unless_stopped`, if it holds no checkpoint to go on from."""
+        """Removes that folder: the result is written; or, `unless_stopped`, if this job made it and it
+        holds no checkpoint to go on from."""
         folder = self.file(f"{self.protocol}.run")
-        if rank() == 0 and not (unless_stopped and any(folder.glob("*.pt"))):
+        kept = unless_stopped and (self.resume or any(folder.glob("*.pt")))
+        if rank() == 0 and not kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -281,20 +281,20 @@ def torchrun(*argv):
 # torchrun, the fixture `two` alone as well.
 
 # Steps of every program and of what its settings change; {0} is the data's folder. They are two of 16 patches in a stage.
-# Those in float32 come from given encoders at a rate of 0 but for rounding, so that rounding errors do not grow.
+# Those in float32 have a temperature at which rounding is not multiplied.
 FLAGS = {mae_ct: "--mae_epochs 1 --head_epochs 1", mim_refiner: "--head_epochs 1 --init {0}/pre_norm.pt"}
-FLOAT32 = "--seed 4 --temperature 1 --lr 1e-12"
+FLOAT32 = "--temperature 1"
 STEPS = {
     "mae_ct": "--mae_views 2 --ct_mask_ratio 0.5",
     "mae_ct zero": "--frozen 1 --no_nn_lookup --zero",
-    "mae_ct float32": f"{FLOAT32} --ct_head_lr 1e-12 --stages ct --init {{0}}/pre_norm.pt --ct_mask_ratio 0.5 --aug",
+    "mae_ct float32": f"{FLOAT32} --stages ct --init {{0}}/pre_norm.pt --ct_mask_ratio 0.5 --aug",
     "mae_ct combined": "--stages combined --combined_weight 0.5",
     "mae_ct combined zero": "--stages combined --combined_weight 0.5 --detach --zero",
     "mim_refiner": "--frozen 1 --local_views 3",
     "mim_refiner authors": "--authors_loss --local_views 0",
     "mim_refiner data2vec": "--mim data2vec2 --init {0}/post_norm.pt",
     "mim_refiner zero": "--schedule one_hot --swap_negatives --zero",
-    "mim_refiner float32": f"{FLOAT32} --head_lr 1e-12",
+    "mim_refiner float32": FLOAT32,
     "can": "--methods can,simclr,mae",
     "can zero": "--noisy_target --norm_pix --lambda_infonce 0.3 --zero",
     "can float32": f"{FLOAT32} --lambda_infonce 0.3 --sigma_max 0.5",
@@ -481,11 +481,15 @@ def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name
     for stage, whole in alone[name, 0].items():
         assert len(whole["losses"]) >= 2 and whole["gradients"][0]
         for other in others:
-            assert all_equal(other[stage]["losses"], whole["losses"], tolerance)
+            # in float32 Adam's first step divides every gradient by itself, rounding errors too
+            later = 100 * tolerance if "float32" in name else tolerance
+            assert all_equal(other[stage]["losses"][:1], whole["losses"][:1], tolerance)
+            assert all_equal(other[stage]["losses"], whole["losses"], later)
+            assert all_equal(other[stage]["gradients"][0], whole["gradients"][0], tolerance)
             for found, expected in zip(other[stage]["gradients"], whole["gradients"], strict=True):
-                assert all_equal(found, expected, tolerance)
+                assert all_equal(found, expected, later)
             for key, entries in whole["queue"].items():
-                assert error(other[stage]["queue"][key], entries) < tolerance, key
+                assert error(other[stage]["queue"][key], entries) < later, key
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if "zero" in name])
@@ -4570,6 +4574,14 @@ def test_weights_of_others_load_or_are_refused_in_words(tmp_path, capsys):
 
 
 LIST = "c0/000.png\r\nc1/é.png\r\n"
+
+
+def test_a_resume_that_is_refused_deletes_nothing(place):
+    Path("finetune.run").mkdir()
+    Path("finetune.run/log.jsonl").write_text("kept")
+    with pytest.raises(InputError, match="holds no run"):
+        main(*"finetune --encoder encoder.pt --data d --workers 0 --epochs 1 --resume".split(), program=protocols)
+    assert Path("finetune.run/log.jsonl").read_text() == "kept"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
