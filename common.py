@@ -130,6 +130,7 @@ class ViT(nn.Module):
         self.grid = (image_size // patch_size,) * 2
         self.frozen = 0
         self.patch_embed = ConvStem(patch_size, dim) if stem == "conv" else PatchEmbed(patch_size, dim)
+        self.residual_blocks = depth + 4 * (stem == "conv")  # that drop path reaches: the stem's too, as in ConvMAE
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
         self.embed_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else nn.Identity()
@@ -137,17 +138,23 @@ class ViT(nn.Module):
         self.add_module("post_blocks" if post_norm else "blocks", blocks)
         self.norm = nn.Identity() if post_norm else nn.LayerNorm(dim, eps=1e-6)
         init_weights(self)
+        if stem == "conv":
+            self.patch_embed.init_weights()
 
-    def freeze(self, blocks):
+    def freeze(self, blocks, embed_norm=True):
         """Freezes the patch embedding, [CLS] and the lower `blocks` blocks (all of them: the final norm too). They run
-        without gradient and store no activations."""
+        without gradient and store no activations; unless the norm before the blocks is not frozen (`embed_norm` False), whose
+        gradient comes through them."""
         self.requires_grad_(True)
         self.pos_embed.requires_grad_(False)
         self.frozen = blocks
         if blocks == 0:
             return
-        for module in (self.patch_embed, self.embed_norm, *self.stack()[:blocks]):
+        for module in (self.patch_embed, *self.stack()[:blocks]):
             module.requires_grad_(False)
+        self.embed_norm.requires_grad_(not embed_norm)
+        if not embed_norm:
+            self.frozen = 0
         self.cls_token.requires_grad_(False)
         self.norm.requires_grad_(blocks < self.depth)
 
@@ -155,11 +162,11 @@ class ViT(nn.Module):
         """The blocks, whichever name they are kept under."""
         return self.post_blocks if self.config["post_norm"] else self.blocks
 
-    def embed(self, x, ids_keep=None):
+    def embed(self, x, ids_keep=None, drop=None):
         """Image [N, 3, H, W] → tokens [N, 1 + K, D] of the kept patches, positions added, [CLS] (zero position) first."""
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         positions = resize_positions(self.pos_embed, self.grid, grid)
-        tokens = self.patch_embed(x, ids_keep) + positions[:, 1:]  # [N, L, D]
+        tokens = self.patch_embed(x, ids_keep, drop) + positions[:, 1:]  # [N, L, D]
         if ids_keep is not None:
             tokens = take(tokens, ids_keep)  # [N, K, D]
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -171,16 +178,16 @@ class ViT(nn.Module):
         Args:
             x: images [N, 3, H, W]; a grid other than the encoder's own gets interpolated positions.
             ids_keep: [N, K] indices of the visible patches, or None for all.
-            drop: drop-path factors [N, depth, 2] (see `Block`), or None.
+            drop: drop-path factors [N, residual_blocks, 2] (see `Block`), the stem's first, or None.
             blocks: numbers of blocks counted from 1, or None.
         Returns:
             [N, 1 + K, D], [CLS] first; with `blocks` a list of such, in the order given, before the final norm.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen == 0):
-            x = self.embed(x, ids_keep)
+            x = self.embed(x, ids_keep, drop)
         outputs = {}
         for i, block in enumerate(self.stack(), 1):
-            block_drop = None if drop is None else drop[:, i - 1]
+            block_drop = None if drop is None else drop[:, i - 1 - self.depth]
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
                 if self.checkpoint_blocks:
                     x = checkpoint(block, x, block_drop, use_reentrant=False)
@@ -210,14 +217,19 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x, drop=None):
-        keep_attn = keep_mlp = 1
-        if drop is not None:
-            keep_attn, keep_mlp = drop.to(x.dtype)[:, :, None, None].unbind(1)
+        keep_attn, keep_mlp = residual_factors(x, drop)
         if self.post_norm:
             x = self.norm1(x + keep_attn * self.attn(x))
             return self.norm2(x + keep_mlp * self.mlp(x))
         x = x + keep_attn * self.attn(self.norm1(x))
         return x + keep_mlp * self.mlp(self.norm2(x))
+
+
+def residual_factors(x, drop):
+    """Both factors of drop path, drop [N, 2], in the shape of x [N, …]; ones for None."""
+    if drop is None:
+        return 1, 1
+    return drop.to(x.dtype).view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
 
 
 class Attention(nn.Module):
@@ -267,7 +279,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
-    def forward(self, x, ids_keep=None):
+    def forward(self, x, ids_keep=None, drop=None):
         return self.proj(x).flatten(2).transpose(1, 2)  # no patch sees another: removed ones need no care
 
 
@@ -278,6 +290,7 @@ class ConvStem(nn.Module):
     of the patches, then a third strided convolution and a linear. About 11 D² parameters, a transformer block has
     12 D²: `build_vit` leaves one of those out. Removed patches (`ids_keep` [N, K] stay) are zeroed before every
     convolution, and every norm is of one position: no pixel of theirs reaches a visible patch.
+    Norms have PyTorch's eps, `drop` [N, 4, 2] is as in `Block`.
     """
 
     def __init__(self, patch_size, dim):
@@ -286,12 +299,19 @@ class ConvStem(nn.Module):
         widths = (8 * round(dim / 24), dim // 2, dim)
         strides = (patch_size // 4, 2, 2)
         self.down = nn.ModuleList(nn.Conv2d(i, o, k, k) for i, o, k in zip((3, *widths), widths, strides))
-        self.norms = nn.ModuleList(nn.LayerNorm(w, eps=1e-6) for w in widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths)
         self.stages = nn.ModuleList(nn.ModuleList([ConvBlock(w), ConvBlock(w)]) for w in widths[:2])
         self.fc = nn.Linear(dim, dim)
         self.patch_size = patch_size
 
-    def forward(self, x, ids_keep=None):
+    def init_weights(self):
+        """ConvMAE's start, after `init_weights`: PyTorch's for all but the third convolution and the linear."""
+        for module in (*self.down[:2], *self.stages.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.reset_parameters()
+
+    def forward(self, x, ids_keep=None, drop=None):
+        drops = iter([None] * 4 if drop is None else drop[:, :4].unbind(1))
         visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         if ids_keep is not None:
             visible = torch.zeros_like(visible).flatten(1).scatter(1, ids_keep, 1.0).view_as(visible)
@@ -299,29 +319,30 @@ class ConvStem(nn.Module):
             x = down(hide_removed(x, visible)).permute(0, 2, 3, 1)  # [N, h, w, C]
             x = F.gelu(norm(x))
             for block in blocks:
-                x = block(x, visible)
+                x = block(x, visible, next(drops))
             x = x.permute(0, 3, 1, 2)
         return self.fc(x.flatten(2).transpose(1, 2))
 
 
 class ConvBlock(nn.Module):
     """A transformer block with a 5 x 5 convolution, channel by channel, in the place of attention (ConvMAE):
-    [N, h, w, C] → [N, h, w, C]; visible [N, 1, rows, columns] is 0 for removed patches."""
+    [N, h, w, C] → [N, h, w, C]; visible [N, 1, rows, columns] is 0 for removed patches; `drop` as in `Block`."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim)
         self.fc = nn.Linear(dim, dim)
         self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x, visible):
+    def forward(self, x, visible, drop=None):
+        keep_conv, keep_mlp = residual_factors(x, drop)
         a = self.fc(self.norm1(x)).permute(0, 3, 1, 2)
         a = self.conv(hide_removed(a, visible)).permute(0, 2, 3, 1)
-        x = x + self.proj(a)
-        return x + self.mlp(self.norm2(x))
+        x = x + keep_conv * self.proj(a)
+        return x + keep_mlp * self.mlp(self.norm2(x))
 
 
 def hide_removed(x, visible):

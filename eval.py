@@ -1098,7 +1098,7 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
     for x, target, rows in training.steps(stream(training)):
         drop = None
         if s.drop_path:
-            noise = uniform((s.seed, training.step, "drop"), rows, encoder.depth, 2, device=x.device)
+            noise = uniform((s.seed, training.step, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
             drop = drop_path(s.drop_path, noise)
         # in one piece: encode(x, target, drop)[1].mean().backward()
         loss, _ = backward(encode, None, (x, target, drop), s.micro_batch, run.machine.precision)
@@ -2238,14 +2238,15 @@ class ClipClassifier(nn.Module):
     def feature(self, x, drop=None):
         """[N, D], what the head reads; drop: see ViT."""
         n, t = x.shape[:2]
-        tokens = self.encoder.embed(x.flatten(0, 1))  # [N · T, 1 + L, D]
+        drop_frames = None if drop is None else drop.repeat_interleave(t, 0)
+        tokens = self.encoder.embed(x.flatten(0, 1), drop=drop_frames)  # [N · T, 1 + L, D]
         if self.how == "joint":
             patches = tokens[:, 1:].unflatten(0, (n, t)) + self.time.weight[:, None]
             tokens = torch.cat([tokens[::t, :1], patches.flatten(1, 2)], 1)  # [N, 1 + T · L, D]
-        elif drop is not None:
-            drop = drop.repeat_interleave(t, 0)
+        else:
+            drop = drop_frames
         for i, block in enumerate(self.encoder.stack()):
-            tokens = block(tokens, None if drop is None else drop[:, i])
+            tokens = block(tokens, None if drop is None else drop[:, i - self.encoder.depth])
         return self.encoder.pooled(self.encoder.norm(tokens)).unflatten(0, (n, -1)).mean(1)
 
     def forward(self, x):

@@ -276,8 +276,8 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
     of the encoder, f itself where all blocks are frozen.
     """
     s = run.settings
-    f.freeze(frozen)
     tuned = frozen < f.depth
+    f.freeze(frozen, embed_norm=not tuned)  # that of data2vec 2.0 keeps training: authors' code
     ema = frozen_copy(f) if tuned else f
     peak = lr * s.batch / 256
     groups = parameter_groups(heads, peak, s.head_weight_decay)

@@ -1256,6 +1256,9 @@ def test_frozen_parameters_are_in_no_group_and_post_norm_blocks_decay_alike():
     found = rates(common.parameter_groups(encoder, 1.0, 0.0, 0.5), encoder)
     last = [name for name, _ in encoder.named_parameters() if name.startswith("post_blocks.2.")]
     assert found == dict.fromkeys(last, (0.5, 0))
+    encoder.freeze(2, embed_norm=False)  # the stem's layer: at ViT-L 0.65^25
+    norm = dict.fromkeys(["embed_norm.weight", "embed_norm.bias"], (0.0625, 0))
+    assert rates(common.parameter_groups(encoder, 1.0, 0.0, 0.5), encoder) == found | norm
 
 
 def test_norms_biases_and_tokens_are_not_decayed():
@@ -2178,7 +2181,7 @@ REFINEMENT = "--model vit_nano4 --head_blocks 1,3 --lr 1e-2 --head_lr 1e-2 --sch
 
 @pytest.mark.parametrize(
     "stage, flags, local_views",
-    [("refine", "", 2), ("refine", "--mim data2vec2 --no_color", 2), ("heads", "--local_views 0", 0)],
+    [("refine", "", 2), ("refine", "--mim data2vec2 --no_color --frozen 1", 2), ("heads", "--local_views 0", 0)],
 )
 def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, local_views):
     out, post = tmp_path / "run", "data2vec2" in flags
@@ -2198,6 +2201,9 @@ def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, 
     f.freeze(0)
     if stage == "heads":
         f.requires_grad_(False)
+    elif "--frozen" in flags:  # the norm before the blocks learns all the same
+        for name, p in f.named_parameters():
+            p.requires_grad_(p.requires_grad and not name.startswith(("cls_token", "patch_embed", "post_blocks.0.")))
     stack = f.post_blocks if post else f.blocks
     scale = 8 / 256
     modules = nn.ModuleList(itertools.chain(*pairs))
@@ -2867,13 +2873,14 @@ def test_no_pixel_of_a_removed_patch_reaches_a_visible_token_of_the_convolutiona
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_zeroed_before_each(masked):
     stem, image, ids = conv_vit().patch_embed, normal(2, 3, 32, 32), normal(2, 16).argsort(1)[:, :6]
+    drop = torch.arange(16).view(2, 4, 2) / 8.0
     visible = torch.zeros(2, 16).scatter(1, ids, 1) if masked else torch.ones(2, 16)
 
     def hide(x):
         return x * torch.kron(visible.view(2, 1, 4, 4), torch.ones(x.shape[2] // 4, x.shape[3] // 4))
 
     def layer_norm(x, m):
-        return F.layer_norm(x.movedim(1, -1), m.normalized_shape, m.weight, m.bias, 1e-6).movedim(-1, 1)
+        return F.layer_norm(x.movedim(1, -1), m.normalized_shape, m.weight, m.bias, 1e-5).movedim(-1, 1)
 
     def linear(x, m):  # at each position
         return F.conv2d(x, m.weight[:, :, None, None], m.bias)
@@ -2881,13 +2888,40 @@ def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_ze
     x = image
     for i, down in enumerate(stem.down):
         x = F.gelu(layer_norm(F.conv2d(hide(x), down.weight, down.bias, stride=down.kernel_size), stem.norms[i]))
-        for block in stem.stages[i] if i < 2 else []:
+        for block, factors in zip(stem.stages[i] if i < 2 else [], drop[:, 2 * i :].unbind(1)):
             a = linear(layer_norm(x, block.norm1), block.fc)
             a = F.conv2d(hide(a), block.conv.weight, block.conv.bias, padding=2, groups=a.shape[1])
-            x = x + linear(a, block.proj)
-            x = x + linear(F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
+            a = linear(a, block.proj)
+            x = torch.stack([x[n] + factor * a[n] for n, factor in enumerate(factors[:, 0])])
+            a = linear(F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
+            x = torch.stack([x[n] + factor * a[n] for n, factor in enumerate(factors[:, 1])])
     assert [d.kernel_size for d in stem.down] == [(2, 2)] * 3 and [len(s) for s in stem.stages] == [2, 2]
-    assert error(stem(image, ids if masked else None), linear(x, stem.fc).flatten(2).transpose(1, 2)) < 1e-10
+    assert error(stem(image, ids if masked else None, drop), linear(x, stem.fc).flatten(2).transpose(1, 2)) < 1e-10
+
+
+def test_drop_path_of_the_hybrid_begins_in_its_stem():
+    encoder, x, drop = conv_vit(), normal(2, 3, 32, 32), 2 * uniform(("drop",), torch.arange(2), 7, 2).double()
+    tokens = encoder.embed(x, drop=drop[:, :4])
+    for block, factors in zip(encoder.blocks, drop[:, 4:].unbind(1)):
+        tokens = block(tokens, factors)
+    assert error(encoder(x, drop=drop), encoder.norm(tokens)) < 1e-12
+    assert error(encoder.embed(x, drop=torch.ones(2, 7, 2)), encoder.embed(x)) < 1e-12
+    with torch.device("meta"):  # ConvMAE's base: 2 + 2 + 11 blocks
+        assert common.build_vit("vit_b16", 224, stem="conv").residual_blocks == 15
+    s = protocols.FineTuning(**PLAIN | dict(drop_path=0.999, epochs=1, batch=8, lr=1e-3))
+    with mock.patch.object(protocols, "drop_path", wraps=protocols.drop_path) as drawn:
+        protocols.finetune(encoder.float(), coloured(8), coloured(8), Run(CPU), s)
+    assert drawn.call_args.args[1].shape == (8, 7, 2)
+
+
+def test_the_stem_starts_as_convmaes():
+    torch.manual_seed(0)
+    stem = common.ViT(32, 8, 96, 1, 4, stem="conv").patch_embed
+    xavier = {stem.down[2]: 6 / (48 * 4 + 96), stem.fc: 6 / 192}
+    for module in stem.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            bound = xavier.get(module, 1 / module.weight[0].numel()) ** 0.5  # the others start as PyTorch lets them
+            assert 0.9 * bound < module.weight.abs().max() <= bound and module.bias.any() == (module is not stem.fc)
 
 
 @pytest.mark.parametrize("model", ["vit_s16", "vit_b16", "vit_l16", "vit_h16"])
