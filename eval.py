@@ -591,8 +591,29 @@ def accuracy(logits, y):
     return 100 * (logits.argmax(1) == y).sum().item() / len(y)
 
 
+def top5(logits, y):
+    """{"top5": percent of the samples whose label is among the five best}, where there are more than five classes and one
+    label each (ViC-MAE Tables 1, 2, 4, 5, 6); else nothing."""
+    if logits.shape[1] <= 5 or y.ndim > 1:
+        return {}
+    return {"top5": 100 * (logits.topk(5).indices == y[:, None]).sum().item() / len(y)}
+
+
+@torch.no_grad()
+def probe_scores(heads, sets, lrs, x, y, score):
+    """{(feature set, base rate): score} of Probes, one module a set, on x [N, D] and y."""
+    heads.eval()
+    scores = {}
+    for name, head, part in zip(sets, heads, x.split(list(sets.values()), 1)):
+        part = head.norm(part)
+        for lr, weight, bias in zip(lrs, head.weight, head.bias):
+            scores[name, lr] = score(F.linear(part, weight, bias), y)
+    heads.train()
+    return scores
+
+
 def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=None, loss=cross_entropy,
-          score=accuracy, stage="probe"):  # fmt: skip
+          score=accuracy, best_epoch=False, stage="probe"):  # fmt: skip
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
     batches (MAE-CT A.3, Table 11; MIM-Refiner C.3). As in the papers, the best on the test set is reported.
 
@@ -601,10 +622,12 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
     Args:
         stream: a function from a Training to its batches, ([n, D], labels [n]) of this rank, from its step on; test_x [N, D],
         test_y [N]; count: training samples; classes: their number; how: the recipe; sets: {name: width} of the feature sets
-        that stand side by side in D; loss, score: other than cross-entropy and accuracy, for other than one label an image.
+        that stand side by side in D; loss, score: other than cross-entropy and accuracy, for other than one label an image;
+        best_epoch: the epoch of the best score counts (MIM-Refiner's code), not the last.
     Returns:
-        {"probe": score in percent, "lr": its base rate, "probe_by_lr": of its feature set}, for several feature sets
-        also {"features": its name, "probe_by_features": the best of each}; the best's Probes and its number in them.
+        {"probe": score in percent, "top5", "lr": its base rate, "probe_by_lr": of its feature set}, for several feature
+        sets also {"features": its name, "probe_by_features": the best of each}, with `best_epoch` {"probe_by_epoch"}; the
+        best's Probes and its number in them.
     """
     torch.manual_seed(0)
     sets = sets or {"": test_x.shape[1]}
@@ -619,7 +642,9 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
     else:  # an update is proportional to the rate, which is therefore a weight of the loss
         optimizer = torch.optim.SGD([dict(params=list(heads.parameters()), peak_lr=1.0)], momentum=0.9)
 
-    state = dict(heads=heads, optimizer=optimizer)
+    best = copy.deepcopy(heads) if best_epoch else heads
+    by_epoch = Series()
+    state = dict(heads=heads, best=best, by_epoch=by_epoch, optimizer=optimizer)
     training = Training(run, stage, state, count, how.batch, how.epochs)
     warmup = round(how.warmup * training.total)
     for x, y in training.steps(stream(training)):
@@ -629,21 +654,27 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
         set_lr(optimizer, warmup_cosine(training.step, training.total, warmup))
         _, means = training.take_step(optimizer, losses.detach().mean())
         training.log(means)
+        if best_epoch and training.epoch_ends():
+            scores = probe_scores(heads, sets, how.lrs, test_x, test_y, score)
+            if max(scores.values()) > max(by_epoch, default=-1):
+                best.load_state_dict(heads.state_dict())
+            by_epoch.append(max(scores.values()))
         training.save_if_due()
 
-    heads.eval()
-    scores = {}
-    with torch.no_grad():
-        for name, head, part in zip(sets, heads, test_x.split(widths, 1)):
-            x = head.norm(part)
-            for lr, weight, bias in zip(how.lrs, head.weight, head.bias):
-                scores[name, lr] = score(F.linear(x, weight, bias), test_y)
+    scores = probe_scores(best, sets, how.lrs, test_x, test_y, score)
     name, lr = max(scores, key=scores.get)
-    result = {"probe": scores[name, lr], "lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in how.lrs}}
+    number = how.lrs.index(lr)
+    place = list(sets).index(name)
+    probes = best[place].eval()
+    logits = F.linear(probes.norm(test_x.split(widths, 1)[place]), probes.weight[number], probes.bias[number])
+    result = {"probe": scores[name, lr]} | top5(logits, test_y)
+    result |= {"lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in how.lrs}}
     if len(sets) > 1:
         by_set = {name: max(scores[name, lr] for lr in how.lrs) for name in sets}
         result |= {"features": name, "probe_by_features": by_set}
-    return result, heads[list(sets).index(name)], how.lrs.index(lr)
+    if best_epoch:
+        result |= {"probe_by_epoch": list(by_epoch)}
+    return result, probes, number
 
 
 def cached_probe(x, y, test_x, test_y):
@@ -655,27 +686,37 @@ def cached_probe(x, y, test_x, test_y):
 
 
 def feature_sets(encoder, x, sets):
-    """Features of standardised images x [n, 3, S, S] for each (last blocks, pooling) of `sets`, side by side: [n, F].
-
-    The last block alone is taken after the final norm, several are taken before it (MIM-Refiner's code; DINOv2's
-    passes each of them through the final norm). "both" pools each of several blocks (DINOv2: the last one's patches).
-    """
-    tokens = encoder(x, blocks=last_blocks(encoder, max(last for last, _ in sets)))
+    """Features of standardised images x [n, 3, S, S] for each (blocks, pooling) of `sets`, as of `pooled`, side by side:
+    [n, F]. "both" pools each of several blocks (DINOv2: the last one's patches)."""
+    needed = sorted({encoder.depth}.union(*(blocks or [] for blocks, _ in sets)))
+    tokens = dict(zip(needed, encoder(x, blocks=needed)))
     found = []
-    for last, pool in sets:
-        of_blocks = torch.stack(tokens[-last:], 1) if last > 1 else encoder.norm(tokens[-1])  # [n, (last,) 1 + L, D]
+    for blocks, pool in sets:
+        of_blocks = encoder.norm(tokens[encoder.depth])  # [n, (blocks,) 1 + L, D]
+        if blocks:
+            of_blocks = torch.stack([tokens[b] for b in blocks], 1)
         found.append(pool_tokens(of_blocks, pool).flatten(1))
     return torch.cat(found, 1)
 
 
-def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=None, last=1, pool=None, cached=False,
-                 **other):  # fmt: skip
+def chosen_blocks(encoder, last, block=None):
+    """Blocks whose output is read, as of `pooled`: `block` alone, or the last ones. The last block alone is taken after the
+    final norm, others before it (MIM-Refiner's code; DINOv2's passes each of several through the final norm)."""
+    if block:
+        need(block <= encoder.depth, f"--block {block}: the encoder has {encoder.depth} blocks")
+        return [block]
+    return last_blocks(encoder, last) if last > 1 else None
+
+
+def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=None, last=1, pool=None, block=None,
+                 cached=False, **other):  # fmt: skip
     """`probe` with a recipe, on random crops, or `cached`: on features of unaugmented images, computed once.
 
     Args:
         encoder: a frozen ViT; train, val: labelled Images; recipe: of PROBE_RECIPES; epochs, batch: others than its own
-        (which is at most the training set). last, pool: the feature, by default the encoder's own: last blocks side by
-        side, "cls", "mean" or "both" (MAE-CT Table 15); recipes with a grid try its features instead. other: of `probe`.
+        (which is at most the training set). last, pool, block: the feature, by default the encoder's own: last blocks side by
+        side, "cls", "mean" or "both" (MAE-CT Table 15), a block by its number; recipes with a grid try its features instead.
+        other: of `probe`.
     Returns:
         (result of `probe` and the recipe, the best probe as a Classifier).
     """
@@ -686,8 +727,8 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     sets, widths = {}, {}
     for n, p in how.grid or [(last, pool)]:
         p = p or pool or encoder.pool
-        name = f"{p} of the last {n} blocks" if n > 1 else f"{p} of the last block"
-        sets[name] = (n, p)
+        name = f"{p} of the last {n} blocks" if n > 1 else f"{p} of {f'block {block}' if block else 'the last block'}"
+        sets[name] = (chosen_blocks(encoder, n, block), p)
         widths[name] = encoder.dim * n * (2 if p == "both" else 1)
     size = encoder.config["image_size"]
     function = partial(feature_sets, encoder, sets=list(sets.values()))
@@ -700,8 +741,7 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
     classes = train.classes
     result, probes, number = probe(stream, test_x, test_y, len(train), len(classes), run, how, widths, **other)
     result = {"features": next(iter(sets))} | result
-    n, p = sets[result["features"]]
-    classifier = probes.classifier(encoder, classes, number, last_blocks(encoder, n) if n > 1 else None, p)
+    classifier = probes.classifier(encoder, classes, number, *sets[result["features"]])
     return result | dict(recipe=recipe, epochs=how.epochs, batch=batch, cached=cached), classifier
 
 
@@ -712,19 +752,24 @@ def run_probe(
     epochs: Count | None = None,  # default: the recipe's
     batch: BatchSize | None = None,  # default: the recipe's
     last: Count = 1,  # last blocks side by side, several before the final norm
+    block: Count | None = None,  # instead: this one, counted from 1, before the final norm (MIM-Refiner Figure 3c)
     both: bool = False,  # [CLS] and the patches' mean side by side (MAE-CT Table 15)
     cached: bool = False,  # one unaugmented pass instead of crops and flips
+    best_epoch: bool = False,  # the epoch of the best accuracy counts, as in MIM-Refiner's code; default: the last
     shots: Count | None = None,  # training images of every class (MIM-Refiner C.6: 1); default: all
     splits: Count = 1,  # draws of these, each probed by itself; means are reported (C.6: 3)
     lists: list[Path] = (),  # instead: files with names of training images, one a line; a split each
 ):
     """Linear probing with a recipe, on random crops or on cached features; writes the best probe (of the last split) as
     probe.pt."""
-    plain = last == 1 and not both
-    need(plain or not PROBE_RECIPES[recipe].grid, f"--recipe {recipe} tries features of its own: leave out --last and --both")
+    plain = last == 1 and not both and not block
+    need(plain or not PROBE_RECIPES[recipe].grid,
+         f"--recipe {recipe} tries features of its own: leave out --last, --both and --block")  # fmt: skip
+    need(last == 1 or not block, f"--block {block} is read alone: leave out --last {last}")
     need(not (shots and lists), "--shots and --lists: choose one")
     train, val = job.load_labelled()
-    how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool="both" if both else None, cached=cached)
+    how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, block=block, cached=cached, best_epoch=best_epoch)
+    how |= dict(pool="both" if both else None)
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
     for i, images in enumerate(label_splits(train, shots, None, splits, lists)):
         stage = f"probe {i + 1}"
@@ -824,6 +869,7 @@ def run_lowshot(
     lists: list[Path] = (),  # instead: files that name the labelled images, one split each
     recipe: Literal["logistic", "can"] = "logistic",  # can: with --image_size 384
     raw: bool = False,  # the last block's output before the final norm, as MIM-Refiner
+    block: Count | None = None,  # this block's, counted from 1 (MIM-Refiner Figure 3c)
 ):
     """A linear classifier from a few labels a class (MAE-CT A.3; MIM-Refiner C.5; CAN C): one result for each number of
     shots, or one for all the lists."""
@@ -835,7 +881,7 @@ def run_lowshot(
         for n in shots:
             draws[str(n)] = [draw_per_class(train.labels, (seed, "drawn"), n) for seed in range(splits)]
     needed = torch.cat(sum(draws.values(), [])).unique()
-    blocks = [job.encoder.depth] if raw else None
+    blocks = chosen_blocks(job.encoder, 1, block or (job.encoder.depth if raw else None))
     x, y = features(job.encoder, train, job.machine, blocks, index=needed)
     test_x, test_y = features(job.encoder, val, job.machine, blocks)
     result = {}
@@ -1078,9 +1124,9 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
     Args:
         classifier: has `encoder`, `head` and what else is new; feature: (x, drop) -> [n, D], what the head reads;
         stream: a function from a Training to its batches from its step on, (x [n, …], targets [n, C], rows [n]); count:
-        training samples; validate: () -> percent on val; s: FineTuning; run: keeps checkpoints, if it has a folder.
+        training samples; validate: () -> (logits, labels) of val; s: FineTuning; run: keeps checkpoints, if it has a folder.
     Returns:
-        {"finetune": accuracy after the last epoch, "finetune_by_epoch": [accuracy, …]} (CMAE Figure 4b).
+        {"finetune": accuracy after the last epoch, "top5", "finetune_by_epoch": [accuracy, …]} (CMAE Figure 4b).
     """
     encoder = classifier.encoder
     new = nn.ModuleList(m for name, m in classifier.named_children() if name != "encoder")
@@ -1105,12 +1151,12 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
         set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
         _, means = training.take_step(optimizer, loss)
         training.log(means)
-        done = training.step + 1
-        if done % training.per_epoch == 0 or done == training.total:
-            by_epoch.append(validate())
-            print0(f"epoch {len(by_epoch)}: {by_epoch[-1]:.2f}")
+        if training.epoch_ends():
+            logits, y = validate()
+            by_epoch.append({"finetune": accuracy(logits, y)} | top5(logits, y))
+            print0(f"epoch {len(by_epoch)}: {by_epoch[-1]['finetune']:.2f}")
         training.save_if_due()
-    return {"finetune": by_epoch[-1], "finetune_by_epoch": list(by_epoch)}
+    return by_epoch[-1] | {"finetune_by_epoch": [scores["finetune"] for scores in by_epoch]}
 
 
 def finetune(encoder, train, val, run, s, stage="finetune"):
@@ -1144,7 +1190,7 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
         return encoder.pooled(encoder(x, drop=drop))
 
     def validate():
-        return accuracy(*outputs(classifier, val, size, run.machine))
+        return outputs(classifier, val, size, run.machine)
 
     result = tune(classifier, feature, stream, len(train), validate, s, run, stage)
     return result | {"blocks": s.blocks}, classifier
@@ -2257,16 +2303,17 @@ class ClipClassifier(nn.Module):
 
 @torch.no_grad()
 def multi_view(classifier, videos, cut, machine, batch=32):
-    """Accuracy in percent of the average of all views' probabilities (ViC-MAE Section 4, "K x 3")."""
+    """The average of all views' probabilities (ViC-MAE Section 4, "K x 3"), [N, C], and the labels [N]."""
     order = [(0, part) for part in part_of_rank(torch.arange(len(videos))).split(batch)]
-    labels = videos.labels.to(machine.device)
-    right = []
+    found, seen = [], []
     for views, used in progress(decode(videos, order, cut, machine), len(order), "batches of videos"):
         with autocast(machine.device, machine.precision):
-            probabilities = sum(classifier(standardise_clips(view)).softmax(1) for view in views)  # [n, C]
+            probabilities = sum(classifier(standardise_clips(view)).softmax(1) for view in views) / len(views)  # [n, C]
         need_finite(probabilities, videos, used)
-        right.append(probabilities.argmax(1) == labels[used])
-    return 100 * gather(torch.cat(right))[: len(videos)].float().mean().item()
+        found.append(probabilities)
+        seen.append(used)
+    found, seen = (gather(torch.cat(part))[: len(videos)] for part in (found, seen))
+    return found, videos.labels.to(machine.device)[seen]
 
 
 def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatial=3):
@@ -2276,7 +2323,7 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
         encoder: a ViT, of which a copy is tuned; train, val: labelled Videos; s: FineTuning, of which the augmentation of
         images is not used; frames, how: of `Clips` and `ClipClassifier`; temporal, spatial: views at test time.
     Returns:
-        what `tune` returns, by the central view; "video", the accuracy of all views in percent.
+        what `tune` returns, by the central view; "video" and "top5", the accuracies of all views in percent.
     """
     machine = run.machine
     size = encoder.config["image_size"]
@@ -2299,7 +2346,8 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
         return multi_view(classifier, val, Clips(frames, size, temporal=1), machine)
 
     result = tune(classifier, classifier.feature, stream, len(train), validate, s, run)
-    return {"video": multi_view(classifier, val, Clips(frames, size, temporal, spatial), machine)} | result
+    probabilities, y = multi_view(classifier, val, Clips(frames, size, temporal, spatial), machine)
+    return {"video": accuracy(probabilities, y)} | result | top5(probabilities, y)
 
 
 def run_video(

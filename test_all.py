@@ -3084,7 +3084,7 @@ def test_feature_sets_are_tokens_of_the_last_blocks_side_by_side():
     expected = [second[:, 1:].mean(1), third[:, 1:].mean(1)]
     for tokens in (encoder.norm(third), first, second, third):
         expected += [tokens[:, 0], tokens[:, 1:].mean(1)]
-    found = protocols.feature_sets(encoder, x, [(2, "mean"), (1, "both"), (3, "both")])
+    found = protocols.feature_sets(encoder, x, [([2, 3], "mean"), (None, "both"), ([1, 2, 3], "both")])
     assert found.dtype == torch.float64 and error(found, torch.cat(expected, 1)) < 1e-12
 
 
@@ -4293,9 +4293,10 @@ def test_all_views_of_a_video_are_averaged():
         of_logits.append(sum(logits).argmax().item())
     assert expected != of_logits  # so that it matters what is averaged
     cut, videos.labels = protocols.Clips(2, 32, temporal=3, spatial=3), torch.tensor(expected)
-    assert protocols.multi_view(classifier, videos, cut, CPU, batch=10) == 100
+    probabilities, y = protocols.multi_view(classifier, videos, cut, CPU, batch=10)
+    assert protocols.accuracy(probabilities, y) == 100 and error(probabilities.sum(1), torch.ones(25)) < 1e-6
     videos.labels[:7] += 1
-    assert protocols.multi_view(classifier, videos, cut, CPU, batch=10) == pytest.approx(72)
+    assert protocols.accuracy(*protocols.multi_view(classifier, videos, cut, CPU, batch=10)) == pytest.approx(72)
 
 
 def test_joint_fine_tuning_sees_an_order_of_frames_that_single_frames_do_not_show():
@@ -5874,7 +5875,7 @@ BAD = {
         knn --last 2 --per_block                          leave out --last 2
         probe --last 7                                    the last 7 blocks are wanted
         probe --batch 17                                  batch 17 is larger
-        probe --recipe dinov2 --both                      leave out --last and --both
+        probe --recipe dinov2 --both                      leave out --last, --both
         lowshot --lists empty.txt                         empty.txt: the list is empty
         lowshot --shots 9                                 9 images a class are wanted, but class 0 has 8
         finetune --blocks 7                               --blocks 7: expected 0 to 6
