@@ -5,14 +5,67 @@
     python eval.py robust --encoder runs/001/encoder.pt --sets /path/to/imagenet-r                  (reads probe.pt)
     torchrun --nproc_per_node 8 eval.py finetune --encoder mae_pretrain_vit_large.pth --data /path/to/imagenet
 
-    classification   knn · probe · lowshot · finetune · transfer · robust · video
-    structure        cluster · retrieve · embed · segment
-    analysis         blocks · invariance · colorhist · stats
-
 Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it, with its
 settings, as PROTOCOL.json beside encoder.pt, or as mae_PROTOCOL.json beside mae.pt. Those that train for long (probe,
 finetune, segment, video) keep checkpoints in the folder PROTOCOL.run until then: what was stopped goes on with --resume.
 What a protocol's text leaves open stands in its function's docstring.
+
+Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a published list of images or of classes.
+
+    knn                                                 MAE-CT Tables 2, 4, 7, 8, 13, 16, 18
+    knn --raw --standardize                             MIM-Refiner Tables 1, 2, 6, 7
+    knn --per_block --standardize                       MIM-Refiner Figure 3b
+    knn --last 4 --standardize                          MIM-Refiner Table 13
+    probe                                               MAE-CT Tables 1, 2, 4, 7, 8, 13, 14, 16, 18
+    probe --last 2                                      MAE-CT Table 15; its last column: --both
+    probe --recipe dinov2 --best_epoch                  MIM-Refiner Tables 2, 7, Figures 1, 2
+    probe --recipe dinov2_reduced --best_epoch          MIM-Refiner Table 4, iNat18
+    probe --recipe dinov2_reduced --shots 1 --splits 3  MIM-Refiner Table 4, iNat18, 1-shot
+    probe --block 20                                    MIM-Refiner Figure 3c, which says neither task nor blocks
+    probe --recipe lars --pool mean                     CAN Tables 1, 2, 3, 5, Figures 1, 6, 7
+    probe --recipe lars                                 CMAE Figure 5a, 0 blocks
+    probe --recipe vicmae                               ViC-MAE Tables 2, 4, 5, 6
+    lowshot --lists LIST LIST LIST                      MAE-CT Tables 2, 16: 1, 2, 5 shots
+    lowshot --lists LIST LIST LIST --raw                MIM-Refiner Tables 1, 2, 7, Figure 2; Table 11: --image_size 518
+    lowshot --block 20 --shots 1                        MIM-Refiner Figure 3c
+    lowshot --recipe can --shots 1 5 --image_size 384   CAN Figures 4, 10-14, 16; also 10 and 25 shots
+    finetune --recipe crop_flip --lists LIST LIST LIST  MAE-CT Tables 2, 16: 1, 2, 5 shots of MAE
+    finetune --recipe crop_flip --lists LIST            MAE-CT Tables 2, 16: 1 %, and 10 % of MAE-CT
+    finetune --recipe lowshot --lists LIST              MAE-CT Tables 2, 16: 10 % of others
+    finetune --recipe mae --lists LIST                  MAE-CT Tables 2, 16: 10 % of MAE, of MAE-CT_aug's ViT-H
+    finetune --recipe mae                               MAE-CT Table 14, Figure 7; MIM-Refiner Table 5 (--drop_path 0.1, H 0.2)
+    finetune --recipe mim_refiner_1 --lists LIST        MIM-Refiner Tables 2, 7: 1 %
+    finetune --recipe mim_refiner_10 --lists LIST       MIM-Refiner Tables 2, 7: 10 %
+    finetune --recipe inat18 --shots 5 --splits 3       MIM-Refiner Table 4, iNat18: 5 shots; also 10
+    finetune --recipe can                               CAN Table 3, Figure 1; for Figures 5, 8, 9, 15
+    finetune --recipe can --scratch vit_b16             CAN Table 3, Figure 9: from scratch, by a recipe that is chosen
+    finetune --recipe cmae                              CMAE Tables 1, 2, 4, Figures 2, 4, 5b
+    finetune --recipe partial --blocks 1                CMAE Figure 5a
+    finetune --recipe vicmae                            ViC-MAE Table 1
+    finetune --recipe vicmae --scratch vit_b16          ViC-MAE Table 1: Scratch, by a recipe that is chosen
+    finetune --recipe vicmae_subset --fraction 0.05     ViC-MAE Table 10
+    curve --curves mae/finetune.json cmae/finetune.json                          CMAE Figure 4b
+    curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images  MAE-CT Figure 7
+    curve --curves MAE=b/probe.json,l/probe.json --y probe --at 447 791          MAE-CT Figure 6, against GPU-hours
+    transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE  MIM-Refiner Tables 4, 8
+    transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd oxfordiiitpet caltech101 flowers102
+                                                        ViC-MAE Table 3; Birdsnap and Cars are folders
+    robust --sets FOLDER                                MAE-CT Table 17
+    robust --classifier finetuned.pt --sets FOLDER      CAN Figures 5, 8, 9, 15; IN-ReaL: --real FILE
+    video                                               ViC-MAE Table 1, Kinetics-400
+    cluster                                             MAE-CT Tables 3, 19, 20
+    cluster --classes LIST                              MAE-CT Tables 21, 22, Figures 4, 8, 9
+    cluster --normalization l2                          MIM-Refiner Tables 3, 9
+    retrieve                                            MAE-CT Figure 11
+    retrieve --classes LIST                             MAE-CT Figures 5, 10
+    embed --classes LIST                                MAE-CT Figures 1, 4, 8; MIM-Refiner Figure 5
+    segment                                             MIM-Refiner Table 4, ADE20K
+    blocks                                              MIM-Refiner Figures 3d, 6
+    invariance                                          MAE-CT Table 6
+    colorhist                                           MAE-CT Figure 3
+    stats                                               MIM-Refiner Table 14
+
+Not here: CMAE Table 3 (UperNet, Mask R-CNN); CAN Figure 9's PyramidAT, another method; costs: --cost of a paper's file.
 """
 
 import argparse
@@ -20,6 +73,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -49,7 +103,7 @@ from torchvision.transforms.v2 import functional as v2
 from common import (
     BatchNorm, BatchSize, Count, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS, Machine,
     Number, Parser, Positive, Ratio, Run, RunSettings, SUFFIXES, Share, Training, ViT, View, Whole, adamw, add_flag,
-    augment, autocast, backward, batches, check_batch, check_settings, check_value, class_labels, comments, crop_box,
+    augment, autocast, backward, batches, build_vit, check_batch, check_settings, check_value, class_labels, comments, crop_box,
     decode, draw_curves, draw_per_class, draw_rows, file_names, find_files, gather, launch, load_encoder, load_file,
     load_images, load_splits, load_state, load_videos, mae_loss, need, open_run, parameter_groups, print0, progress,
     promote, random_masking, rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
@@ -2378,6 +2432,45 @@ def run_video(
     return result | dict(settings=settings)
 
 
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def read_values(path, name):
+    """The number, or the list of numbers, that a file of results or its settings have under `name`, as a list."""
+    content = read_json(path, "expected a protocol's results")
+    settings = content.get("settings")
+    value = content.get(name, settings.get(name) if isinstance(settings, dict) else None)
+    values = value if isinstance(value, list) else [value]
+    found = values and all(isinstance(v, int | float) for v in values)
+    need(found, f"{path} has no number or list of numbers {name!r}; it has {', '.join(content)} and settings")
+    return values
+
+
+def run_curve(
+    *,
+    curves: list[str],  # files of results; several of one curve as NAME=FILE,FILE
+    y: str = "finetune_by_epoch",  # what is drawn: a list in each file, or a number (finetune, probe)
+    x: str | None = None,  # against a number of each file or its settings (images, lr); default: the place in the list
+    at: list[float] = (),  # against these instead, one a file in their order (MAE-CT Figure 6: the hours that --cost tells)
+    out: Path = Path("curve.png"),
+):
+    """A picture of results: accuracy by epoch, a file each curve (CMAE Figure 4b), or several runs as one curve (MAE-CT
+    Figures 6, 7)."""
+    given = iter(at)
+    drawn = {}
+    for curve in curves:
+        name, _, files = curve.rpartition("=")
+        heights, places = [], []
+        for file in files.split(","):
+            heights += read_values(file, y)
+            places += itertools.islice(given, 1) if at else read_values(file, x) if x else []
+        places = places or list(range(1, len(heights) + 1))
+        need(len(places) == len(heights), f"{curve}: {len(heights)} values of {y}, but {len(places)} to draw them against")
+        drawn[name or files] = tuple(zip(*sorted(zip(places, heights))))
+    draw_curves(out, drawn, x or "epoch", y)
+    print0(f"{out} is drawn")
+
+
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -2401,7 +2494,8 @@ OF_IMAGES = ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_
 def start_job(
     protocol,
     *,
-    encoder: Path,  # encoder file, ours or a public one
+    encoder: Path | None = None,  # encoder file, ours or a public one
+    scratch: str | None = None,  # instead: an untrained ViT by name, such as vit_b16; --out is then runs/NAME by default
     data: str = "shapes",  # built-in set, folder with train/ and val/, or torchvision name
     image_size: Count | None = None,  # default: the encoder's
     pool: Literal["cls", "mean"] | None = None,  # default: the encoder's
@@ -2413,8 +2507,16 @@ def start_job(
     **of_protocol,
 ):
     """The Job of a subcommand, from the flags that all have; and the other flags."""
+    need((encoder is None) != (scratch is None), "give --encoder FILE, or --scratch MODEL for an untrained one")
     machine = start_machine(precision, workers)
-    model = load_encoder(encoder, image_size, pool, attention_heads).to(machine.device).requires_grad_(False)
+    if scratch:
+        torch.manual_seed(of_protocol.get("seed", 0))
+        size = image_size or (48 if data in ("shapes", "moving_shapes") else 224)
+        model = build_vit(scratch, size, pool or "cls", heads=attention_heads or 0)
+        encoder = Path("runs", scratch, "encoder.pt")  # where it would be
+    else:
+        model = load_encoder(encoder, image_size, pool, attention_heads)
+    model.to(machine.device).requires_grad_(False)
     return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out).find_place(), of_protocol
 
 
@@ -2439,11 +2541,12 @@ def command_line():
     """The parser: a subcommand for each protocol, whose flags are the keyword parameters of its function."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="protocol", required=True)
-    for run in PROTOCOLS:
+    for run in [*PROTOCOLS, run_curve]:
         text = " ".join((run.__doc__ or "").split("\n\n")[0].split()).replace("%", "%%")
         command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text)
         command.set_defaults(run=run)
-        add_flags(command, start_job)
+        if run is not run_curve:
+            add_flags(command, start_job)
         add_flags(command, run)
         if run is run_finetune:
             add_tuning_flags(command)
@@ -2474,6 +2577,9 @@ def main(argv):
     kinds = FineTuning.__annotations__ | start_job.__annotations__ | run.__annotations__
     for name, value in given.items():
         check_value(name, value, kinds[name])
+    if run is run_curve:
+        run(**given)
+        return
     job, of_protocol = start_job(protocol, **given)
     try:
         result = run(job, **of_protocol)

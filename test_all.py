@@ -3061,6 +3061,91 @@ def test_probes_side_by_side_are_probes_of_each_set_and_rate(sets, lars):
     assert result["probe_by_lr"][lrs[number]] == result["probe"]
 
 
+def test_top5_is_scikit_learns():
+    from sklearn.metrics import top_k_accuracy_score
+
+    logits, y = normal(200, 9), torch.arange(200) % 9
+    assert protocols.top5(logits, y) == {"top5": pytest.approx(100 * top_k_accuracy_score(y, logits, k=5))}
+    assert protocols.top5(logits[:, :5], y % 5) == {} == protocols.top5(logits, torch.ones(200, 9))
+
+
+@pytest.mark.parametrize("protocol", ["probe", "finetune", "video"])
+def test_top5_stands_beside_top1_where_there_are_more_than_five_classes(protocol, tmp_path):
+    images = Images(torch.arange(32) % 8, list("abcdefgh"), pixels=pictures(32, 32, 32))
+    videos = common.Videos(images.labels, images.classes, pixels=images.pixels[:, None])
+    common.save_encoder(tmp_path / "encoder.pt", vit().float())
+    argv = protocol, "--batch 8 --epochs 2 --workers 0 --precision float32 --encoder", tmp_path / "encoder.pt"
+    with mock.patch.object(protocols, "load_splits", lambda *args, load=None, **how: [videos if load else images] * 2):
+        main(*argv, *["--frames", "1"] * (protocol == "video"), program=protocols)
+    found = json.loads((tmp_path / f"{protocol}.json").read_text())
+    if protocol == "video":
+        assert found[protocol] <= found["top5"] < 100
+        return
+    name = dict(probe="probe.pt", finetune="finetuned.pt")[protocol]
+    logits, y = protocols.outputs(protocols.load_classifier(tmp_path / name), images, 32, CPU)
+    ranks = (logits >= logits.gather(1, y[:, None])).sum(1)
+    for key, allowed in (("top5", 5), (protocol, 1)):
+        assert found[key] == pytest.approx(100 * (ranks <= allowed).float().mean().item())
+
+
+def test_the_best_epoch_of_a_probe_is_that_of_shorter_looks_at_it():
+    x, test_x = normal(60, 4).float(), normal(60, 4, seed=1).float()
+    y, how = torch.arange(60) % 3, protocols.ProbeRecipe((0.01, 3.0, 300.0), epochs=6, batch=20)
+    stream, seen = partial(protocols.cached_batches, x, y), []
+    take_step = common.Training.take_step
+
+    def step(training, *args):
+        taken = take_step(training, *args)
+        if training.step % 3 == 2:  # three steps are an epoch
+            head = copy.deepcopy(training.state["heads"][0]).eval()
+            seen.append([100 * (logits.argmax(1) == y).double().mean().item() for logits in head(test_x)])
+        return taken
+
+    with mock.patch.object(common.Training, "take_step", step):
+        result, probes, number = protocols.probe(stream, test_x, y, 60, 3, Run(CPU), how, best_epoch=True)
+    best = [max(scores) for scores in seen]
+    assert result["probe_by_epoch"] == pytest.approx(best) and len(best) == 6
+    assert result["probe"] == max(best) > best[-1]  # so that the last epoch is another
+    assert protocols.accuracy(probes(test_x)[number], y) == pytest.approx(result["probe"])
+    last, *_ = protocols.probe(stream, test_x, y, 60, 3, Run(CPU), how)
+    assert last["probe"] == pytest.approx(best[-1]) and "probe_by_epoch" not in last
+
+
+def test_probes_and_few_labels_of_a_middle_block_read_its_raw_output(tmp_path):
+    encoder, cut = vit().float(), vit(depth=2).float()
+    cut.load_state_dict(encoder.state_dict(), strict=False)  # the lower two blocks
+    cut.norm = nn.Identity()
+    given = "--workers 0 --precision float32 --encoder", tmp_path / "encoder.pt"
+    for protocol, flags in (("probe", "--cached --epochs 2 --batch 16"), ("lowshot", "--shots 2")):
+        found = []
+        for model, block in ((encoder, ["--block", "2"]), (cut, [])):
+            with mock.patch.multiple(protocols, load_encoder=lambda *args: model, save_encoder=mock.Mock(),
+                                     load_splits=lambda *args, **how: (coloured(16), coloured(12))):  # fmt: skip
+                main(protocol, flags, *block, *given, program=protocols)
+            result = json.loads((tmp_path / f"{protocol}.json").read_text())
+            found.append({k: v for k, v in result.items() if k not in ("settings", "features")})
+        assert found[0] == found[1], protocol
+    with pytest.raises(InputError, match="--block 4: the encoder has 3 blocks"):
+        protocols.chosen_blocks(vit(), 1, 4)
+
+
+def test_an_untrained_encoder_is_evaluated_by_its_name(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = "--scratch vit_nano8 --image_size 16 --workers 0 --precision float32 --data", folders / "labelled"
+    for seed in (3, 4):
+        still = f"--seed {seed} --out {seed} --recipe crop_flip --epochs 1 --batch 8 --lr 1e-12"
+        main("finetune", *given, still, program=protocols)
+        torch.manual_seed(seed)
+        expected = common.build_vit("vit_nano8", 16).state_dict()
+        tuned = torch.load(tmp_path / str(seed) / "finetuned.pt")["model"]
+        assert all(torch.allclose(tuned[name], value, atol=1e-6) for name, value in expected.items())
+    main("knn", *given, program=protocols)
+    assert json.loads((tmp_path / "runs/vit_nano8/knn.json").read_text())["settings"]["scratch"] == "vit_nano8"
+    for flags in ("", "--scratch vit_nano8 --encoder encoder.pt"):
+        with pytest.raises(InputError, match="give --encoder FILE, or --scratch MODEL"):
+            main("knn", *flags.split(), program=protocols)
+
+
 def test_probe_recipes_are_those_of_the_tables():
     sweep = "0.0001 0.0002 0.0005 0.001 0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.3 0.5"
     expected = {  # rates; epochs, of warm-up, batch, whether it flips, LARS, probes
@@ -4058,6 +4143,21 @@ def test_voc2007_has_several_labels_an_image_and_unknown_ones(torchvision_sets):
         assert images.classes == ["a", "b", "c"] and [os.fsdecode(f) for f in images.files] == theirs.images
         for row, i in zip(images.labels.tolist(), PARTS_OF_VOC[part], strict=True):
             assert row == [{1: 1, -1: 0, 0: -1}[voc_flag(i, c)] for c in range(3)]
+
+
+@pytest.mark.parametrize("protocol", ["probe --recipe dinov2_reduced --shots 1", "finetune --recipe inat18 --shots 3"])
+def test_few_labels_of_a_torchvision_set(torchvision_sets, tmp_path, protocol):
+    name, *flags = protocol.split()
+    common.save_encoder(tmp_path / "encoder.pt", vit(depth=4).float())
+    with mock.patch.object(protocols, "batches", wraps=protocols.batches) as drawn:
+        given = "--data dtd --splits 3 --epochs 1 --batch 4 --workers 0 --precision float32 --encoder", tmp_path / "encoder.pt"
+        main(name, *flags, *given, program=protocols)
+    shots = int(flags[-1])
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    sets = [call.args[0] for call in drawn.call_args_list]
+    assert [torch.bincount(images.labels).tolist() for images in sets] == [[shots] * 10] * 3
+    assert len({b"".join(images.open(i).tobytes() for i in range(len(images))) for images in sets}) == 3
+    assert found[name] == pytest.approx(np.mean(found["by_split"])) and len(found["by_split"]) == 3 and "top5" in found
 
 
 def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
@@ -5639,6 +5739,57 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.pt") == 1
 
 
+# ------------------------------------------------------------------------------------------------- tables and figures
+
+QUICKLY = {  # what makes each command quick
+    "probe": "--epochs 1 --batch 2", "lowshot": "--image_size 16", "cluster": "--runs 1", "stats": "", "robust": "",
+    "finetune": "--epochs 1 --batch 2 --image_size 16", "retrieve": "--neighbours 2 --samples 2", "embed": "", "knn": "",
+    "blocks": "--epochs 1 --batch 8 --dim 8 --heads 1", "colorhist": "--epochs 1 --batch 8", "invariance": "",
+    "segment": "--epochs 1 --batch 8", "transfer": "", "video": "--epochs 1 --batch 4 --frames 2 --temporal 1",
+}  # fmt: skip
+
+
+def commands_of(program):
+    """(words of a command, what it makes) of each line of the docstring's list."""
+    for line in program.__doc__.split("Tables and figures")[1].splitlines():
+        found = re.fullmatch(r" {4}(\w.*?)(?: {2,}(.*))?", line)
+        if found:
+            yield found[1].split(), found[2]
+
+
+def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    common.save_encoder("encoder.pt", common.ViT(16, 8, 8, 24, 2))
+    shutil.copy("encoder.pt", "FILE")
+    Path("LIST").write_text("a\nb\n")
+    files = "\n".join(f"{c}/{i:03d}.png" for c in "ab" for i in (0, 3))
+    os.symlink(folders / "labelled/val", "FOLDER")
+    few = Images(torch.arange(16) % 3, list("abc"), pixels=pictures(16, 16, 16))
+    annotated = protocols.Annotated(few.labels, few.classes, pixels=few.pixels, maps=1 + few.pixels[:, 0] // 86)
+    monkeypatch.setitem(common.VIT_SIZES, "b", (16, 3, 2))
+    monkeypatch.setattr(protocols, "load_annotated", lambda *args: annotated)
+    monkeypatch.setattr(protocols, "load_transfer_set", lambda *args: (few, few))
+    monkeypatch.setattr(protocols, "linear_fewshot", partial(protocols.linear_fewshot, steps=3))
+    sets = {name.lower() for name in torchvision.datasets.__all__} | {"voc2007"}
+    started = set()
+    for (name, *words), _ in commands_of(protocols):
+        started.add(name)
+        if name == "curve":
+            main(name, *(re.sub(r"\w+/", "", word) for word in words), program=protocols)
+            assert Image.open("curve.png").size == (480, 320)
+            continue
+        Path("LIST").write_text(files if "--lists" in words else "a\nb\n")
+        data = folders / ("clips" if name == "video" else "labelled")
+        given = [] if "--scratch" in words else ["--encoder", "encoder.pt"]
+        if name == "transfer":
+            monkeypatch.setitem(protocols.PROBE_RECIPES, "dinov2", protocols.ProbeRecipe((0.1,), epochs=1, grid=((1, None),)))
+            assert sets.issuperset(words[1 : words.index("--against") if "--against" in words else None])
+        words += QUICKLY[name].split()
+        main(name, *given, "--data", data, "--workers 0 --precision float32 --out .", *words, program=protocols)
+    assert started == {run.__name__.removeprefix("run_") for run in protocols.PROTOCOLS} | {"curve"}
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -5649,6 +5800,28 @@ def test_a_drawn_picture_holds_the_images_and_their_frames(tmp_path):
     windows = np.lib.stride_tricks.sliding_window_view(canvas, (16, 16, 3))[:, :, 0]
     assert sum((windows == image.permute(1, 2, 0).numpy()).all((2, 3, 4)).sum() for image in x) == 4
     assert (canvas == [255, 0, 0]).all(-1).sum() >= 4 * 16  # a frame around 16 x 16
+
+
+def test_curves_are_lists_of_files_or_numbers_of_several_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, images, accuracies in (("a", 100, [1.0, 4.0]), ("b", 10, [2.0, 3.0, 5])):
+        results = dict(settings=dict(lr=images / 1000), images=images, finetune=accuracies[-1], finetune_by_epoch=accuracies)
+        Path(f"{name}.json").write_text(json.dumps(results))
+    expected = {
+        "--curves a.json b.json": {"a.json": ((1, 2), (1, 4)), "b.json": ((1, 2, 3), (2, 3, 5))},
+        "--curves MAE=a.json,b.json --y finetune --x images": {"MAE": ((10, 100), (5, 4))},
+        "--curves M=a.json C=b.json,a.json --y finetune --x lr": {"M": ((0.1,), (4,)), "C": ((0.01, 0.1), (5, 4))},
+        "--curves M=a.json,b.json C=b.json --y finetune --at 7 3 1": {"M": ((3, 7), (5, 4)), "C": ((1,), (5,))},
+    }
+    for flags, curves in expected.items():
+        with mock.patch.object(protocols, "draw_curves") as drawn:
+            main("curve", flags, program=protocols)
+        assert drawn.call_args.args[:2] == (Path("curve.png"), curves)
+    for flags, fault in (("--y probe", "has no number or list of numbers 'probe'; it has settings, images"),
+                         ("--y finetune_by_epoch --x lr", "2 values of finetune_by_epoch, but 1"),
+                         ("--at 1", "2 values of finetune_by_epoch, but 1")):  # fmt: skip
+        with pytest.raises(InputError, match=fault):
+            main("curve", "--curves a.json", *flags.split(), program=protocols)
 
 
 def test_drawn_curves_stand_where_their_values_are(tmp_path):
