@@ -21,6 +21,37 @@ Easy to get wrong:
   - The level embedding is added at the encoder's width, before the decoder, to mask tokens too (3.4).
   - Features are means of patch tokens, without [CLS]; BatchNorm momentum 0.9 is JAX's, PyTorch's 0.1.
   - Loss weights sum to 1, so a weight set to 0 goes to the other losses (3.5).
+
+Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
+JFT-300M, here any images, is --epoch_images 1281167; Section 5's ablations are --model vit_b16 --epochs 100.
+  Figure 1       --epoch_images 1281167 --epochs 800|1600|5000 --methods can|simclr|mae · --cost --methods can|simclr|mae
+                 · eval.py probe --recipe lars · eval.py finetune --recipe can
+  Figures 2, 3   Drawings.
+  Table 1        --model vit_b16 --epochs 100 --lam 1 --sigma_max 0 · --model vit_b16 --epochs 100 --lam 1 --no_level_embedding
+                 · --model vit_b16 --epochs 100 --no_level_embedding|--level_embedding · eval.py probe --recipe lars
+  Table 2        --epoch_images 1281167 --epochs 800|1600|3000|5000
+                 · --epoch_images 1281167 --methods simclr --epochs 800|1600|5000
+                 · --epoch_images 1281167 --methods mae --epochs 1600|5000
+                 · --epoch_images 1281167 --model vit_b16 --methods can|simclr
+                 · eval.py probe --recipe lars; other rows are quoted
+  Table 3        --model vit_b16 --epochs 800|1600 · --methods can|simclr|mae · eval.py finetune --recipe can
+                 · eval.py probe --recipe lars · eval.py finetune --recipe can --scratch vit_b16; other rows are quoted
+  Table 4        --model vit_b16 --epochs 100 --mask_ratio 0.5 --methods simclr|mae|can, whose last losses are in log.jsonl
+  Table 5        --model vit_b16 --epochs 100 --lambda_infonce 0 · --model vit_b16 --epochs 100 --lam 0
+                 · --model vit_b16 --epochs 100 --lam 1 --sigma_max 0 · --model vit_b16 --epochs 100
+                 · eval.py probe --recipe lars
+  Tables 6-9     The presets TABLE_6 to TABLE_9.
+  Tables 10, 11  The recipes of eval.py's finetune and probe, can and lars.
+  Figures 4, 10-14, 16   eval.py lowshot --recipe can --shots 1 5 10 25 --image_size 384
+  Figures 5, 8, 9, 15    eval.py finetune --recipe can, and of what that wrote:
+                 eval.py robust --classifier finetuned.pt --sets FOLDER · eval.py robust --classifier finetuned.pt --real FILE
+                 · 15: --epoch_images 1281167 --epochs 800 · 9, ViT-B: --epoch_images 1281167 --model vit_b16
+                 · 9, from scratch: eval.py finetune --recipe can --scratch vit_b16 --mixup 0.8. Its PyramidAT is adversarial
+                 training with labels (Herrmann et al. 2022), no part of CAN, and not here.
+  Figure 6       the values are in the picture alone; --model vit_b16 --epochs 100 --mask_ratio 0|0.5|0.75 --methods can|simclr
+                 · --epoch_images 1281167 --model vit_b16 --mask_ratio 0|0.5|0.75 --methods can|simclr
+  Figure 7       likewise; --model vit_b16 --epochs 100 --lambda_infonce 0.01|0.03|0.1
+                 · --model vit_b16 --epochs 100 --sigma_max 0|0.05|0.1 · --model vit_b16 --epochs 100 --lam 0.3|0.5|0.7
 """
 
 import copy
@@ -51,17 +82,19 @@ class Settings(RunSettings):
     # what distinguishes the methods (METHODS) and their ablations
     lambda_infonce: Fraction = 0.03  # Section 5, Figure 7 left
     lam: Fraction = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
-    mask_ratio: Ratio = 0.5  # 3.1
-    sigma_max: Number = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels
-    level_embedding: bool = True  # 3.4; Table 1's "+noise, +loss" is without
+    mask_ratio: Ratio = 0.5  # 3.1; the authors' code: 0.75
+    sigma_max: Number = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels; the authors' code: 0.1
+    level_embedding: bool = True  # 3.4; Table 1's "+noise, +loss" is without. Not printed: sinusoids' number and unit
     views: Count = 2  # 3.1
-    strength: Fraction = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone
-    scale_min: Share = 0.08  # of the random crops' area (Chen et al. 2020)
+    strength: Fraction = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone; the authors' code: 0.5
+    scale_min: Share = 0.08  # of the random crops' area (Chen et al. 2020); the authors' code: 0.2
+    bilinear: bool = False  # resize crops so, as the authors' code, instead of bicubically
 
     # losses
     temperature: Positive = 0.1  # 3.2
     norm_pix: bool = False  # reconstruct patches normalised one by one; Table 4's L_rec of 0.17 is not of such
-    noisy_target: bool = False  # reconstruct the noisy view, as the authors' code
+    noisy_target: bool = False  # reconstruct the noisy view, as the authors' code; 3.4 can be read so
+    authors_model: bool = False  # head, pooling and level embedding of their code, see CAN
     projector_hidden: Count = 4096  # Appendix C, projection head architecture
     projector_dim: Count = 128  # the same
     decoder_dim: Count = 512  # Appendix C, decoder architecture
@@ -88,6 +121,10 @@ METHODS = {
     "simclr": dict(lambda_infonce=1.0, mask_ratio=0.0, sigma_max=0.0),  # full views, no noise, no decoder
     "mae": dict(lambda_infonce=0.0, lam=1.0, mask_ratio=0.75, sigma_max=0.0, views=1, strength=0.0, scale_min=0.2),
 }
+# The authors' port to PyTorch. Not here: its negatives are those of one GPU
+AUTHORS = dict(
+    mask_ratio=0.75, sigma_max=0.1, strength=0.5, scale_min=0.2, bilinear=True, noisy_target=True, authors_model=True,
+)  # fmt: skip
 # The built-in run: small enough for two CPU cores, the same recipe for all methods. In so few steps the paper's
 # lambda_InfoNCE teaches no contrast, and hue is half of these classes' identity: more of it and weaker colours
 SHAPES = dict(
@@ -110,6 +147,8 @@ def presets(given):
     row = dict((TABLE_7 if uncurated else TABLE_6).get(size, {}))
     if given.get("methods") == "mae":
         row |= TABLE_9 if uncurated else TABLE_8
+    if given.get("authors"):
+        row |= AUTHORS
     if data == "shapes":
         row |= SHAPES
         if given.get("short"):
@@ -134,18 +173,21 @@ class LevelEmbedding(nn.Module):
     """3.4: sinusoidal embedding of the noise level, then a 2-layer MLP with ReLU of constant width d: [N] → p [N, d].
 
     sigma_max is 1000 in the sinusoids' unit (chosen, as diffusion's time steps): unscaled, all levels would look alike.
+    That is what `authors` does, with 128 sinusoids whose last wavelength is 10000, not the one before it.
     """
 
-    def __init__(self, dim, sigma_max):
+    def __init__(self, dim, sigma_max, authors=False):
         super().__init__()
         self.dim = dim
-        self.unit = sigma_max / 1000
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.authors = authors
+        self.unit = 1 if authors else sigma_max / 1000
+        self.mlp = nn.Sequential(nn.Linear(128 if authors else dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.mlp.apply(init_weights)
 
     def forward(self, sigma):
-        omega = 10000 ** -torch.arange(0, 1, 2 / self.dim, device=sigma.device, dtype=sigma.dtype)  # [d/2]
-        angles = sigma[:, None] / self.unit * omega
+        like = dict(device=sigma.device, dtype=sigma.dtype)
+        exponents = torch.linspace(0, 1, 64, **like) if self.authors else torch.arange(0, 1, 2 / self.dim, **like)  # [d/2]
+        angles = sigma[:, None] / self.unit * 10000**-exponents
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 
 
@@ -164,28 +206,37 @@ class CAN(nn.Module):
         encoder: a ViT with its `dim`, `patch_size` and `pooled`, called with (images, ids_keep).
         decoder: an MAEDecoder; None where lambda_infonce is 1.
         sigma_max: the level embedding's largest level; 0: no such embedding.
+        authors_model: as the authors' code: a head of one hidden layer of width d without BatchNorm, of the mean of all
+            tokens; the level is added to [CLS] and kept patches alone.
     """
 
     def __init__(self, encoder, decoder, lambda_infonce=0.03, lam=0.7, mask_ratio=0.5, sigma_max=0.05, temperature=0.1,
-                 projector_hidden=4096, projector_dim=128, norm_pix=False, noisy_target=False):  # fmt: skip
+                 projector_hidden=4096, projector_dim=128, norm_pix=False, noisy_target=False,
+                 authors_model=False):  # fmt: skip
         super().__init__()
         self.weights = loss_weights(lambda_infonce, lam)
         self.mask_ratio = mask_ratio
         self.temperature = temperature
         self.norm_pix = norm_pix
         self.noisy_target = noisy_target
+        self.authors_model = authors_model
         self.f = encoder
         self.decoder = decoder
         self.level = self.projector = None
         d = encoder.dim
         if decoder and sigma_max:
-            self.level = LevelEmbedding(d, sigma_max)
-        if lambda_infonce:
+            self.level = LevelEmbedding(d, sigma_max, authors_model)
+        if lambda_infonce and authors_model:
+            self.projector = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, projector_dim)).apply(init_weights)
+        elif lambda_infonce:
             self.projector = mlp_head(d, projector_hidden, projector_hidden, projector_dim, last_norm=False)
 
     def decode(self, z, ids_restore, sigma):
         """z [N, 1 + T', d] and sigma [N] → x_hat [N, T, p·p·3]; 3.4: z_t ← z_t + p for t = 1 … T."""
-        return self.decoder(z, ids_restore, self.level(sigma) if self.level else None)
+        p = self.level(sigma) if self.level else None
+        if self.authors_model and self.level:
+            z, p = z + p[:, None], None
+        return self.decoder(z, ids_restore, p)
 
     def encode(self, x, noise, sigma, e):
         """What a sample contributes to the losses by itself.
@@ -200,7 +251,8 @@ class CAN(nn.Module):
         e = sigma[:, None, None, None] * e
         ids_keep, ids_restore, M = random_masking(noise, self.mask_ratio)  # M [N·V, T], 1 = removed
         z = self.f(x + e, ids_keep)  # [N·V, 1 + T', d]
-        y = self.f.pooled(z).unflatten(0, (-1, v))
+        y = z.mean(1) if self.authors_model else self.f.pooled(z)
+        y = y.unflatten(0, (-1, v))
         if not self.decoder:
             return y, *y.new_zeros(2, len(y))
         x_hat = self.decode(z, ids_restore, sigma)  # [N·V, T, p·p·3]
@@ -229,7 +281,7 @@ def new_model(s):
     decoder = new_decoder(encoder, s) if s.lambda_infonce < 1 else None
     return CAN(
         encoder, decoder, s.lambda_infonce, s.lam, s.mask_ratio, s.level_embedding * s.sigma_max, s.temperature,
-        s.projector_hidden, s.projector_dim, s.norm_pix, s.noisy_target,
+        s.projector_hidden, s.projector_dim, s.norm_pix, s.noisy_target, s.authors_model,
     )  # fmt: skip
 
 
@@ -247,7 +299,7 @@ def pretrain(run, method, model, images, s):
     device = run.machine.device
     patches = math.prod(model.f.grid)
     colours = simclr_colours(s.strength)
-    views = [View(s.image_size, (s.scale_min, 1.0))] * s.views
+    views = [View(s.image_size, (s.scale_min, 1.0), bilinear=s.bilinear)] * s.views
     optimizer = adamw(parameter_groups(model, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)
     state = dict(model=model, optimizer=optimizer)
     per_epoch = (s.epoch_images or len(images)) // s.batch  # steps

@@ -21,6 +21,25 @@ Easy to get wrong:
     normalises by the batch at hand like online, so its running statistics are never used.
   - Rows of the logits are predictions of this rank, columns the keys of all ranks, in one direction only (Eq. 7).
   - lr = base * batch / 256 (4.1): two views do not double it. Shift, masks and colours are drawn for each sample.
+
+Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
+Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
+  Table 1        CMAE's is Table 2's, the others are quoted.
+  Table 2        --epochs 800|1600 --stem patch|conv · eval.py finetune --recipe cmae; other rows are quoted
+  Table 3        UperNet and Mask R-CNN are not here yet.
+  Table 4        4a: --epochs 300 --methods mae · --epochs 300 --random_crops --feature_depth 0
+                 · --epochs 300 --feature_depth 0 · --epochs 300 · 4b: --epochs 300 --random_crops --no_color
+                 · --epochs 300 --no_color · 4c: --epochs 300 --feature_depth 0|2|4
+                 · --epochs 300 --share_decoder --feature_depth 2|4 · 4d: --epochs 300 --lambda_c 0.1|0.5|1|1.5|2
+                 · 4e: --epochs 300 --target_mask_ratio 0|0.25|0.5|0.65|0.75 · the text: --epochs 300 --loss byol
+                 · eval.py finetune --recipe cmae --lr 5e-4
+  Figures 1, 3   Drawings.
+  Figure 2       --epochs 300|800|1600, and Table 2's others.
+  Figure 4       4a, whose values are in the picture alone: --epochs 300 --shift 0|16|32|64
+                 · as the authors: --epochs 300 --shift 16 --margin 32
+                 · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve --curves FILE FILE
+  Figure 5       5a, whose values are in the picture alone: eval.py finetune --recipe partial --blocks 1|4|12
+                 · 0 blocks: eval.py probe --recipe lars · 5b: --model vit_s16|vit_b16|vit_l16 --methods mae|cmae
 """
 
 import math
@@ -31,11 +50,11 @@ import torch
 from torch import nn
 
 from common import (
-    BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, Run, RunSettings, Share, Training, View, Whole, adamw,
-    augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, init_encoder,
-    launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
-    parse_settings, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine, to_bytes, uniform,
-    warmup_cosine, world,
+    BatchSize, Colour, Count, Fraction, FromMinusOne, Number, Positive, Ratio, Run, RunSettings, Share, Training, View,
+    Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce,
+    init_encoder, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run,
+    parameter_groups, parse_settings, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine,
+    to_bytes, uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import FineTuning, check_tuning, evaluate, finetune, recipe
 
@@ -67,6 +86,7 @@ class Settings(RunSettings):
 
     # views: 3.2, Table 4b
     shift: Whole = 32  # p: r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
+    margin: FromMinusOne = -1  # of the master crop, pixels; −1: p, as 3.2 words it; the authors' is 32 for every p
     random_crops: bool = False  # two crops of their own instead of one master crop
     color: bool = True  # of the target view
 
@@ -90,20 +110,22 @@ class Settings(RunSettings):
 # 3.2, "color transfer"; not printed, the authors' code
 COLOUR = Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
+AUTHORS = dict(mask_ratio=0.65, mask_block=2, lambda_c=0.14, margin=32)  # their public configs
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, methods="mae,cmae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    epochs=20, batch=128, lr=2e-3, warmup_epochs=2, shift=8, head_hidden=512, head_dim=128, ema=0.99,
+    epochs=20, batch=128, lr=2e-3, warmup_epochs=2, shift=8, margin=-1, head_hidden=512, head_dim=128, ema=0.99,
     finetune_epochs=4, finetune_lr=1e-2, finetune_batch=128,  # chosen on MAE's encoder alone
 )  # fmt: skip
 
 
 def presets(given):
     """Field values for the flags given: the built-in run."""
+    row = AUTHORS if given.get("authors") else {}
     if given.get("data", "shapes") != "shapes":
-        return {}
+        return row
     short = dict(epochs=4, warmup_epochs=1, finetune_epochs=1) if given.get("short") else {}
-    return SHAPES | short
+    return row | SHAPES | short
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -166,7 +188,8 @@ def new_online(s):
 def pixel_shift(master, size, p, noise):
     """3.2: the online view [0 : w, 0 : h] and the target view [r_w : r_w + w, r_h : r_h + h] of a master crop.
 
-    master [N, 3, size + p, size + p]; noise [N, 2] in [0, 1), on the CPU, gives r_h and r_w in [0, p) for each sample.
+    master [N, 3, S, S], S at least size + p − 1; noise [N, 2] in [0, 1), on the CPU, gives r_h and r_w in [0, p) for each
+    sample.
     """
     r = (noise * p).long().tolist()
     I_t = torch.stack([x[:, r_h : r_h + size, r_w : r_w + size] for x, (r_h, r_w) in zip(master, r)])
@@ -176,7 +199,9 @@ def pixel_shift(master, size, p, noise):
 def views_of(s):
     """What is cropped from each image: a master crop, or two crops (Table 4b)."""
     scale = (s.scale_min, 1.0)
-    return [View(s.image_size, scale)] * 2 if s.random_crops else [View(s.image_size + s.shift, scale)]
+    if s.random_crops:
+        return [View(s.image_size, scale)] * 2
+    return [View(s.image_size + (s.shift if s.margin < 0 else s.margin), scale)]
 
 
 def make_views(data, s, key):
@@ -273,7 +298,7 @@ def picture(path, online, images, s, machine):
     data = next(batches(images, views_of(s), count, 0, 1, s.seed, machine))
     x_s, x_t = make_views(data, s, key)
     noise = block_noise(key, data.rows, online.F_s.grid, s.mask_block, machine.device)
-    rows = [] if s.random_crops else [(f"master crop, {s.shift} pixels larger", data.views[0].cpu(), None)]
+    rows = [] if s.random_crops else [("master crop", data.views[0].cpu(), None)]
     rows.append(("target view", to_bytes(x_t), None))
     draw_rows(path, rows + reconstruction_rows(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix))
 
@@ -292,6 +317,8 @@ def prepare(argv):
     """
     s = parse_settings(Settings, presets, argv, __doc__)
     need(s.mask_ratio, "--mask_ratio 0 leaves nothing to reconstruct: choose a number above 0, below 1")
+    need(s.margin < 0 or s.margin >= s.shift - 1,
+         f"--margin {s.margin}: a shift of up to {s.shift - 1} pixels leaves the master crop, choose as many")  # fmt: skip
     need(not s.share_decoder or 0 < s.feature_depth <= s.decoder_depth,
          f"--feature_depth {s.feature_depth}: with --share_decoder choose 1 to {s.decoder_depth}")  # fmt: skip
     machine = start_machine(s.precision, s.workers)

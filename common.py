@@ -1013,6 +1013,7 @@ class View:
     size: int
     scale: tuple = (0.2, 1.0)
     flip: bool = True
+    bilinear: bool = False  # instead of bicubic
 
 
 @dataclass
@@ -1165,8 +1166,12 @@ def crop_box(dice, height, width, scale):
     """torchvision's RandomResizedCrop rule: a box (top, left, height, width), drawn from a random.Random.
 
     Ten tries of an area in `scale` (fractions) and an aspect ratio in (3/4, 4/3); the first that fits is taken, else the
-    largest central box of an allowed ratio.
+    largest central box of an allowed ratio. Not torchvision's is that the whole area, scale (1, 1), is the largest central
+    square: of a wide picture nothing of an allowed ratio has it, and the box of 4/3 would be squeezed.
     """
+    if scale == (1, 1):
+        side = min(height, width)
+        return (height - side) // 2, (width - side) // 2, side, side
     for _ in range(10):
         area = height * width * dice.uniform(*scale)
         ratio = math.exp(dice.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -1191,7 +1196,8 @@ class RandomCrops:
         cut = []
         for view, image in zip(self.views, images.sources(index, len(self.views), dice)):
             top, left, h, w = crop_box(dice, image.height, image.width, view.scale)
-            x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), Image.Resampling.BICUBIC)
+            kernel = Image.Resampling.BILINEAR if view.bilinear else Image.Resampling.BICUBIC
+            x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), kernel)
             if dice.random() < 0.5 and view.flip:
                 x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             cut.append(to_uint8(x))
@@ -2015,6 +2021,7 @@ class RunSettings:
     resume: bool = False  # go on with the run in `out`
     init: str = ""  # encoder file to start from
     seed: Annotated[int, Range(0, 2**63, below=True)] = 0
+    authors: bool = False  # settings of the authors' code where it is not the paper's (AUTHORS); other flags win
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has units for it
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
     clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping

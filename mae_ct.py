@@ -21,6 +21,46 @@ Easy to get wrong:
   - z comes from an EMA of the projector, p from the projector itself; the EMA's BatchNorm buffers are copied.
   - lr = base * batch * views / 256 with two views in stage ct (A.1) and, in the authors' code, in stage head; one in mae.
   - ViT-B/16 averages its patch tokens, the larger models use [CLS] (A.2). What is kept is the EMA of the encoder.
+
+Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
+Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stages head,ct --init mae.pt besides.
+  Table 1        --model vit_b16|vit_l16 --no_aug|--aug · --model vit_h14 --init mae_pretrain_vit_huge.pth --stages head,ct
+                 --no_aug|--aug · eval.py probe
+  Tables 2, 16   also --model vit_h16 --no_aug|--aug · eval.py knn · eval.py probe · eval.py lowshot --lists LIST LIST LIST
+                 · MAE's 1, 2, 5 shots: eval.py finetune --recipe crop_flip --lists LIST LIST LIST
+                 · 1 and 10 % of MAE-CT: eval.py finetune --recipe crop_flip --lists LIST
+                 · 1 % of others: eval.py finetune --recipe lowshot --randaugment 0 --lists LIST
+                 · 10 % of MAE-CT_aug: eval.py finetune --recipe lowshot --lists LIST
+                 · 10 % of MAE, and of MAE-CT_aug's ViT-H: eval.py finetune --recipe mae --lists LIST
+  Table 3        eval.py cluster
+  Table 4        --k 1 · --k 1 --ct_mask_ratio 0.75 · --k 1 --no_nn_lookup · --k 1 --stages ct --init mae.pt · eval.py probe
+                 · eval.py knn; its first row is Table 13's with k = 1, so are those of Tables 7 and 8
+  Table 5        --cost --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
+  Table 6        eval.py probe, and of what that wrote: eval.py invariance
+  Table 7        --k 1 --stages combined · --k 1 --stages combined,ct --no_detach|--detach · --k 1 --stages combined,head,ct
+                 · the others after the first: --k 1 --stages ct --init mae.pt --head head.pt
+                 · --k 1 --stages head,ct --init mae.pt
+  Table 8        --k 1 · --k 1 --stages head,ct --init mae_pretrain_vit_large.pth · eval.py probe · eval.py knn
+  Tables 9, 10   The presets TABLE_9 and TABLE_10.
+  Tables 11, 12  The recipes of eval.py's probe and finetune, mae_ct and lowshot.
+  Table 13       --k 1 --epochs 10|20|30 · --k 1 --frozen 18|12|9|6 · --k 1 --ema 0|0.999|0.9999 · --k 1|10|20|30
+                 · --k 1 --temperature 0.15|0.2|0.25 · --k 1 --projector_ema 0|0.99|0.995|0.999
+  Table 14       --oracle · eval.py probe · below, each row with one flag less, from the left: eval.py finetune --recipe mae
+                 --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0
+  Table 15       eval.py probe --last 1|2|4|6 · eval.py probe --both
+  Table 17       --k 1|10|20|30 · --aug · eval.py probe, and of what that wrote: eval.py robust --sets FOLDER
+  Table 18       The numbers of Table 2 beside others', quoted.
+  Tables 19-22   eval.py cluster · eval.py cluster --classes LIST; either tells the best and the average of 100 runs
+  Figures 1, 4, 8   eval.py embed --classes LIST
+  Figure 2       A drawing.
+  Figure 3       eval.py colorhist
+  Figures 5, 10  eval.py retrieve --classes LIST
+  Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug, and Table 1's accuracies against these hours:
+                 eval.py curve --curves MAE=FILE,FILE --y probe --at 447 791
+  Figure 7       eval.py finetune --recipe mae, and the runs of Table 2 with fewer labels:
+                 eval.py curve --curves MAE=FILE,FILE --y finetune --x images
+  Figure 9       eval.py cluster --classes LIST
+  Figure 11      eval.py retrieve
 """
 
 import math
@@ -52,7 +92,7 @@ class Settings(RunSettings):
     # MAE pre-training: 4.1, A.1; what the paper leaves to He et al. 2022 is from their Table 8
     mae_epochs: Positive = 1600  # 4.1
     mae_batch: Count = 4096  # He et al. Table 8
-    mae_lr: Positive = 1.5e-4  # 4.1
+    mae_lr: Positive = 1.5e-4  # 4.1; the authors' code counts the views here too: 3e-4 for two
     mae_warmup_epochs: Number = 40  # He et al. Table 8
     mae_views: Count = 1  # 2 for the re-implementation of A.1, which then has 800 epochs and a batch of 1024 (H: 512)
     mask_ratio: Ratio = 0.75  # 4.1
@@ -110,6 +150,9 @@ TABLE_10 = {
     "l": dict(epochs=40, ct_head_lr=5e-4, temperature=0.15, k=10),
     "h": dict(epochs=40, ct_head_lr=5e-4, temperature=0.35, k=30),
 }
+# The authors' code: A.1's MAE of two views, which count in its lr too; k of MAE-CT_aug's ViT-H
+AUTHORS = dict(mae_lr=3e-4)
+AUTHORS_HUGE = dict(k=20)
 # The built-in run: small enough for two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, pool="mean", decoder_dim=64, decoder_depth=2, decoder_heads=4,
@@ -130,7 +173,12 @@ def presets(given):
         row |= dict(frozen=VIT_SIZES[size][1] // 2)  # the lower half too
     if given.get("aug"):
         row |= TABLE_10.get(size, TABLE_10["l"])
-    if given.get("mae_views") == 2 or "combined" in given.get("stages", ""):
+    authors = given.get("authors")
+    if authors:
+        row |= AUTHORS
+        if size == "h":
+            row |= AUTHORS_HUGE
+    if given.get("mae_views", authors and 2) == 2 or "combined" in given.get("stages", ""):
         row |= dict(mae_views=2, mae_epochs=800, mae_warmup_epochs=20, mae_batch=512 if size == "h" else 1024)
     if given.get("oracle"):
         row |= dict(epochs=30)
@@ -369,8 +417,9 @@ def main(argv):
             head = new_head(encoder, s).to(machine.device)
         contrastive(run, "head", encoder, head, train, epochs=s.head_epochs, lr=0.0, head_lr=s.head_lr,
                     frozen=encoder.depth, temperature=s.head_temperature, k=1, projector_ema=0.0)  # fmt: skip
-        if rank() == 0 and not (run.folder / "head.pt").exists():
-            save_file(run.folder / "head.pt", head.state_dict())
+    has_head = "head" in s.stages or "combined" in s.stages
+    if has_head and rank() == 0 and not (run.folder / "head.pt").exists():
+        save_file(run.folder / "head.pt", head.state_dict())
     if "ct" in s.stages:
         encoder = contrastive(run, "ct", encoder, head, train, epochs=s.epochs, lr=s.lr, head_lr=s.ct_head_lr,
                               frozen=s.frozen, temperature=s.temperature, k=s.k, projector_ema=s.projector_ema)  # fmt: skip

@@ -25,6 +25,40 @@ Easy to get wrong:
   - lr = base * batch / 256 (authors' code): the 12 views do not count.
   - Local crops see the full grid's position table, interpolated.
   - k-NN takes the feature before the final norm, standardised (authors' code); a linear probe the one behind it.
+
+Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
+Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 2.0: --mim data2vec2 too.
+  Table 1        1a: --heads 1|2|4|8|12
+                 · 1b: --head_blocks 20,24|16,20,24|15,18,21,24|18,20,22,24|17-24
+                 · 1c: --schedule constant|uniform_decay|staggered_decay|staggered_step|one_hot · 1d: --frozen 0|6|12
+                 · 1e: --swap_negatives · 1f: --local_views 0 --global_scale_min 0.08 · --color|--no_color
+                 · eval.py knn --raw --standardize · eval.py lowshot --raw --shots 1 --lists LIST LIST LIST
+  Table 2        --model vit_l16|vit_h14|vit_2b14 · --mim data2vec2 --init FILE --model vit_l16|vit_h14
+                 · eval.py lowshot --raw --lists LIST LIST LIST · MIM models', how is not said: eval.py finetune
+                 --recipe mim_refiner_1 --lists LIST LIST LIST · 1 and 10 %: eval.py finetune --lists LIST
+                 --recipe mim_refiner_1|mim_refiner_10
+                 · eval.py probe --recipe dinov2 --best_epoch · eval.py knn --raw --standardize
+  Tables 3, 9    eval.py cluster --normalization l2
+  Table 4        iNat18: eval.py finetune --recipe inat18 --shots 5|10 --splits 3
+                 · eval.py probe --recipe dinov2_reduced --shots 1 --splits 3
+                 · eval.py probe --recipe dinov2_reduced --best_epoch · VTAB: Table 8 · ADE20K: eval.py segment
+  Table 5        L/16: eval.py finetune --recipe mae --drop_path 0.1 · H/14: eval.py finetune --recipe mae --drop_path 0.2
+  Table 6        6a is 1b · 6b: --model vit_h14 --head_blocks
+                 22,24,26,28,30,32|16,18,20,22,24,26,28,30,32|20-32
+  Table 7        --model vit_h14 --color|--no_color, evaluated as Table 2
+  Table 8        eval.py transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE
+  Table 10       The presets.
+  Table 11       eval.py lowshot --raw --image_size 224|518 --lists LIST LIST LIST; DINOv2's own g/14 is not read here
+  Table 12       The recipe inat18 of eval.py's finetune.
+  Table 13       eval.py knn --raw --standardize · eval.py knn --last 4 --standardize
+  Table 14       eval.py stats
+  Figures 1, 2   Table 2's numbers, and hours and FLOPs: --cost --model vit_l16|vit_h14|vit_2b14
+  Figure 3       3a: counts of parameters · 3b: eval.py knn --per_block --standardize · 3c, whose task is not said:
+                 eval.py probe --block 20 · eval.py lowshot --block 20 · 3d and Figure 6: eval.py blocks
+  Figures 4, 8   Drawings.
+  Figure 5       eval.py embed --classes LIST
+  Figure 7       `head_weights`, of Table 1c.
+  Appendix E     --temperatures 0.1,0.2,0.3 · --knn_every 5, both into log.jsonl
 """
 
 import math
@@ -59,7 +93,7 @@ class Settings(RunSettings):
     predictor_hidden: Count = 4096
     head_dim: Count = 256
     queue: Count = 65536
-    authors_head: bool = False  # Linear-BN-GELU; B.2 lists GELU before BatchNorm
+    authors_head: bool = False  # Linear-BN-GELU, as the authors' code; B.2 lists GELU before BatchNorm
 
     # refinement: Table 10
     epochs: Positive = 30  # MAE L, H; 20 for MAE 2B and data2vec 2.0
@@ -84,8 +118,10 @@ class Settings(RunSettings):
     head_lr: Positive = 2e-4
 
     # ablations
+    temperatures: str = ""  # Appendix E: heads of these, 0.1,0.2,0.3, side by side behind the last block; stage heads alone
     swap_negatives: bool = False  # Table 1e: NNCLR, negatives too are nearest neighbours
     authors_loss: bool = False  # softmax over predictions of a fixed neighbour, as in the authors' code
+    authors_pairs: bool = False  # the pairs of views of their code, see `anchors_of`
     schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"  # Table 1c
 
     # MAE pre-training, where no encoder is given: He et al. 2022, Table 8
@@ -115,6 +151,7 @@ SHAPES = dict(
     local_views=4, local_size=24, knn_every=2,
 )  # fmt: skip
 
+AUTHORS = dict(authors_head=True, authors_loss=True, authors_pairs=True)
 LOCAL_COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)  # the authors' code
 
 
@@ -134,6 +171,8 @@ def presets(given):
         row |= SHAPES
         if given.get("short"):
             row |= dict(mae_epochs=8, mae_warmup_epochs=1, head_epochs=1, epochs=3)
+    if given.get("authors"):
+        row |= AUTHORS
     if not given.get("color", True):
         row |= dict(epochs=row.get("epochs", Settings.epochs) / 2)
     return row
@@ -178,11 +217,12 @@ class IDHeads(nn.Module):
         self.predictor = head_mlp(heads, head_dim, predictor_hidden, head_dim, batch_norm_first=authors_head)
         self.Q = Queue(queue, heads, head_dim)
 
-    def loss(self, y, index, labels, dice, temperature, k, swap_negatives=False, authors_loss=False):
+    def loss(self, y, index, labels, dice, temperature, k, **how):
         """The NNA loss of each head, averaged over the pairs of views.
 
         y [N, V, H, D]: features of all views, the 2 global ones first; index, labels [N]; dice [N, 2] in [0, 1) for the
-        top-k sampling, common to the heads; k neighbours to choose from; the rest as `nearest_neighbor_alignment`.
+        top-k sampling, common to the heads; k neighbours to choose from; temperature and how as of
+        `nearest_neighbor_alignment`.
 
         Returns:
             losses [H], and a dict: z [H, N, d] of view 0 for the queue, the detached losses, and nn_accuracy [H], the share
@@ -195,7 +235,7 @@ class IDHeads(nn.Module):
         dice = dice.flatten().expand(len(z), -1)
         at = self.Q.lookup(z.flatten(1, 2), index.repeat_interleave(2), k, dice).unflatten(1, (n, 2))  # Eq. 2: [H, N, 2]
         nn_z = torch.stack([entries[a] for entries, a in zip(self.Q.embeddings, at)])  # [H, N, 2, d]
-        losses = nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives, authors_loss)
+        losses = nearest_neighbor_alignment(p, z, nn_z, temperature, **how)
         nn_accuracy = (self.Q.labels[at] == labels[:, None]).float().mean((1, 2))
         return losses, dict(z=z[:, :, 0], losses=losses.detach(), nn_accuracy=nn_accuracy)
 
@@ -203,17 +243,19 @@ class IDHeads(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- loss
 
 
-def nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives=False, authors_loss=False):
+def nearest_neighbor_alignment(p, z, nn_z, temperature, *, swap_negatives=False, authors_loss=False,
+                               authors_pairs=False):  # fmt: skip
     """Eq. 1 for all pairs (i, j ≠ i) of a global view i and another view j:
 
         −log( e^{NN(z_in)·p_jn/τ} / ( e^{NN(z_in)·p_jn/τ} + Σ_{m≠n} e^{SG(z_im)·p_jn/τ} ) ),  m over the global batch.
 
     All rows have unit length. With `swap_negatives` NN(z_im) takes the place of z_im (NNCLR). With `authors_loss` the sum
-    goes over predictions of other samples instead, e^{SG(z_in)·p_jm/τ}, with their gradient.
+    goes over predictions of other samples instead, e^{SG(z_in)·p_jm/τ}, with their gradient. `authors_pairs`: `anchors_of`.
 
     Args:
         p [H, N, V, d]: predictions of this rank's samples, with gradient, the two global views first.
         z, nn_z [H, N, 2, d]: projections of the global views and their nearest neighbours, without gradient.
+        temperature: a number, or [H, 1, 1, 1].
     Returns:
         losses [H], averaged over this rank's samples and the 2 · (V − 1) pairs.
     """
@@ -226,9 +268,10 @@ def nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives=False, au
         others = (p if authors_loss else z).transpose(0, 1)
         others = gather(others).transpose(0, 1)  # the samples m of all ranks: [H, M, …]
         for i in (0, 1):
-            anchors = other_views(p, i)  # p_j: [H, N, V − 1, d]
+            views = anchors_of(i, p.shape[2], authors_pairs)
+            anchors = p[:, :, views]  # p_j: [H, N, V − 1, d]
             if authors_loss:
-                logits = torch.einsum("hnd,hmvd->hnvm", z[:, :, i], other_views(others, i))
+                logits = torch.einsum("hnd,hmvd->hnvm", z[:, :, i], others[:, :, views])
             else:
                 logits = torch.einsum("hnvd,hmd->hnvm", anchors, others[:, :, i])
             positive = (anchors * nn_z[:, :, i, None]).sum(-1, keepdim=True)  # [H, N, V − 1, 1]
@@ -237,9 +280,15 @@ def nearest_neighbor_alignment(p, z, nn_z, temperature, swap_negatives=False, au
     return loss
 
 
-def other_views(x, i):
-    """[H, N, V, d] → [H, N, V − 1, d]: all views but i."""
-    return torch.cat([x[:, :, :i], x[:, :, i + 1 :]], 2)
+def anchors_of(i, views, authors_pairs=False):
+    """The V − 1 views j whose positive is global view i: all but i.
+
+    In the authors' code the local views are counted from 0, where the global ones are: view i itself is among them, the
+    other global view is twice, and the last two local ones have no loss.
+    """
+    if authors_pairs:
+        return [1 - i, *range(views - 2)]
+    return [j for j in range(views) if j != i]
 
 
 def head_weight(schedule, t, begin, end):
@@ -269,11 +318,11 @@ def head_weights(schedule, progress, heads):
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k):
+def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, lr, frozen, k):
     """Stage "refine"; stage "heads" is the same with all blocks frozen and k = 1 (B.3).
 
-    f: the encoder; blocks: those with a head, numbers from 1 in rising order, the last block among them. Returns the EMA
-    of the encoder, f itself where all blocks are frozen.
+    f: the encoder; blocks: those with a head, numbers from 1 in rising order, the last block among them; temperature: of
+    all heads, or [H, 1, 1, 1]. Returns the EMA of the encoder, f itself where all blocks are frozen.
     """
     s = run.settings
     tuned = frozen < f.depth
@@ -293,7 +342,7 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
         y = []
         for x in resolutions:  # [N, V, 3, S, S]
             cls = [tokens[:, 0] for tokens in f(x.flatten(0, 1), blocks=blocks)]
-            cls[-1] = f.norm(cls[-1])  # the last block's alone
+            cls = [f.norm(c) if b == f.depth else c for b, c in zip(blocks, cls)]  # the last block's alone
             y.append(torch.stack(cls, 1).unflatten(0, x.shape[:2]))  # [N, V, H, D]
         return (torch.cat(y, 1),), None
 
@@ -310,14 +359,14 @@ def contrast(run, stage, f, heads, blocks, images, val, *, epochs, lr, frozen, k
         weights = head_weights(s.schedule if tuned else "constant", training.step / training.total, len(blocks))
 
         def objective(y):
-            losses, aux = heads.loss(y, data.index, data.labels, dice, s.temperature, k, s.swap_negatives, s.authors_loss)
+            how = dict(swap_negatives=s.swap_negatives, authors_loss=s.authors_loss, authors_pairs=s.authors_pairs)
+            losses, aux = heads.loss(y, data.index, data.labels, dice, temperature, k, **how)
             return sum(weight * loss for weight, loss in zip(weights, losses)), aux
 
         # in one piece: loss, aux = objective(*encode(*resolutions)[0]); loss.backward()
         loss, aux = backward(encode, objective, resolutions, s.micro_batch, run.machine.precision)
         measured = dict(losses=aux["losses"])
-        if images.classes:
-            measured["nn_accuracy"] = aux["nn_accuracy"]
+        measured |= dict(nn_accuracy=aux["nn_accuracy"]) if images.classes else {}
         if val and tuned and (training.step + 1) % (s.knn_every * training.per_epoch) == 0:
             bank = max(1000, len(images) // 10)
             measured["knn"] = torch.tensor(knn_per_block(f, images, val, run.machine, blocks, bank))
@@ -347,7 +396,13 @@ def report(run, name, encoder, train, val):
 
 
 def blocks_of(s, depth):
-    """Numbers of the blocks with a head, from 1: those of --head_blocks, or the last `heads`."""
+    """Numbers of the blocks with a head, from 1: those of --head_blocks, or the last `heads`; the last for each of
+    --temperatures."""
+    if s.temperatures:
+        number = r"\d*\.?\d*[1-9]\d*"  # above 0
+        need(re.fullmatch(f"{number}(,{number})*", s.temperatures),
+             f"--temperatures {s.temperatures}: write numbers above 0, such as 0.1,0.2,0.3")  # fmt: skip
+        return [depth] * len(s.temperatures.split(","))
     if not s.head_blocks:
         blocks = list(range(depth + 1 - s.heads, depth + 1))
     else:
@@ -408,8 +463,14 @@ def main(argv):
             save_encoder(run.folder / "mae.pt", encoder)
     report(run, s.mim, encoder, train, val)
 
-    both = (encoder, heads, blocks, train, val)
+    temperature = s.temperature
+    if s.temperatures:
+        of_heads = [float(t) for t in s.temperatures.split(",")]
+        temperature = torch.tensor(of_heads, device=machine.device).view(-1, 1, 1, 1)
+    both = (encoder, heads, blocks, train, val, temperature)
     contrast(run, "heads", *both, epochs=s.head_epochs, lr=s.head_lr, frozen=encoder.depth, k=1)
+    if s.temperatures:  # to compare: losses and nn_accuracy of each in log.jsonl
+        return run.close()
     encoder = contrast(run, "refine", *both, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
     if rank() == 0 and not s.cost:
         save_encoder(run.folder / "encoder.pt", encoder)

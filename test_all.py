@@ -291,19 +291,19 @@ STEPS = {
     "mae_ct combined": "--stages combined --combined_weight 0.5",
     "mae_ct combined zero": "--stages combined --combined_weight 0.5 --detach --zero",
     "mim_refiner": "--frozen 1 --local_views 3",
-    "mim_refiner authors": "--authors_loss --local_views 0",
+    "mim_refiner authors": "--authors --local_views 3",
     "mim_refiner data2vec": "--mim data2vec2 --init {0}/post_norm.pt",
-    "mim_refiner zero": "--schedule one_hot --swap_negatives --zero",
+    "mim_refiner zero": "--schedule one_hot --swap_negatives --local_views 0 --zero",
     "mim_refiner float32": FLOAT32,
     "can": "--methods can,simclr,mae",
-    "can zero": "--noisy_target --norm_pix --lambda_infonce 0.3 --zero",
+    "can zero": "--authors --norm_pix --lambda_infonce 0.3 --zero",
     "can float32": f"{FLOAT32} --lambda_infonce 0.3 --sigma_max 0.5",
     "cmae": "--methods mae,cmae",
     "cmae conv": "--stem conv --random_crops --target_mask_ratio 0.5 --feature_depth 1 --share_decoder",
     "cmae zero": "--loss byol --feature_depth 0 --zero",
     "cmae float32": f"{FLOAT32} --loss byol --mask_block 2",
     "vicmae": "--methods mae,simsiam,vicreg,vicmae --contrast_from 0 --pooling gem --color --reconstruct_both --gap 2",
-    "vicmae zero": "--methods vicmae --epochs 2 --pooling max --projector_last --zero",
+    "vicmae zero": "--methods vicmae --epochs 2 --pooling max --authors_color --mask_weight 0.5 --zero",
     "vicmae float32": f"{FLOAT32} --methods vicmae --contrast_from 0",
 }
 
@@ -1355,9 +1355,17 @@ def edges(count, height, width):
     return (x > 0).byte() * 255
 
 
+def test_the_whole_area_is_the_largest_square_undistorted():
+    picture = pictures(1, 30, 52)[0]
+    images = Images(torch.zeros(1), [], pixels=picture[None])
+    (cut,) = common.RandomCrops([View(30, (1.0, 1.0), flip=False)], 0)(images, 0, 0)
+    assert torch.equal(cut, tv.center_crop(picture, 30))
+    assert common.crop_box(TorchDice(), 52, 31, (1.0, 1.0)) == (10, 0, 31, 31)
+
+
 def test_views_are_torchvisions_crops_and_half_of_them_mirrored(monkeypatch):
     images = Images(torch.zeros(300), [], pixels=edges(300, 48, 56))
-    views = [View(16, (0.2, 0.4)), View(16, (0.2, 0.4)), View(40, (0.05, 0.25), flip=False)]
+    views = [View(16, (0.2, 0.4)), View(16, (0.2, 0.4)), View(40, (0.05, 0.25), flip=False, bilinear=True)]
     boxes, mirrored, crop_box = [], [], common.crop_box
 
     def kept_crop_box(dice, *args):
@@ -1368,7 +1376,8 @@ def test_views_are_torchvisions_crops_and_half_of_them_mirrored(monkeypatch):
     monkeypatch.setattr(common, "crop_box", kept_crop_box)
     for i in range(300):
         for v, x in enumerate(common.RandomCrops(views, seed=3)(images, 0, i)):
-            crop = tv.resized_crop(images.open(i), *boxes[v - 3], [views[v].size] * 2, InterpolationMode.BICUBIC)
+            kernel = InterpolationMode.BILINEAR if v == 2 else InterpolationMode.BICUBIC
+            crop = tv.resized_crop(images.open(i), *boxes[v - 3], [views[v].size] * 2, kernel)
             expected = tv.pil_to_tensor(crop)
             mirrored.append(not torch.equal(x, expected))
             assert torch.equal(x, expected.flip(2) if mirrored[-1] else expected)
@@ -2066,19 +2075,68 @@ def test_mim_refiner_settings_are_those_of_table_10(flags, row):
     expect(s, queue=65536, projector_hidden=2048, predictor_hidden=4096, head_dim=256)
 
 
+@pytest.mark.parametrize(
+    "program, flags, values",
+    [
+        (mae_ct, "", dict(mae_views=2, mae_epochs=800, mae_batch=1024, mae_lr=3e-4)),
+        (mae_ct, "--mae_views 1", dict(mae_epochs=1600, mae_batch=4096, mae_lr=3e-4)),
+        (mae_ct, "--aug --model vit_h16", dict(mae_batch=512, k=20, temperature=0.35)),
+        (mae_ct, "--aug", dict(k=10, mae_lr=3e-4)),
+        (mim_refiner, "", dict(authors_head=True, authors_loss=True, authors_pairs=True)),
+        (can, "", dict(mask_ratio=0.75, sigma_max=0.1, strength=0.5, scale_min=0.2, lambda_infonce=0.03, lam=0.7)),
+        (can, "", dict(bilinear=True, noisy_target=True, authors_model=True)),
+        (can, "--methods simclr --mask_ratio 0.3", dict(mask_ratio=0.3, sigma_max=0, strength=0.5)),
+        (cmae, "", dict(mask_ratio=0.65, mask_block=2, lambda_c=0.14, margin=32)),
+        (vicmae, "", dict(mask_ratio=0.5, contrast_weight=0.03, mask_weight=0.97, contrast_from=0, crop_min=0.08)),
+        (vicmae, "--temperature 0.2", dict(reconstruct_both=True, authors_color=True, authors_projector=True, temperature=0.2)),
+    ],
+)
+def test_authors_gives_their_codes_settings_and_other_flags_win(program, flags, values):
+    expect(recipe(program, f"--authors {flags}"), **values)
+    assert any(getattr(recipe(program, flags), name) != value for name, value in values.items())
+
+
+def test_the_head_of_combined_pretraining_goes_on_in_a_run_of_its_own(folders, tmp_path):
+    one, first, second = (tmp_path / name for name in ("one", "first", "second"))
+    tiny(mae_ct, folders, one, "--no_eval --stages combined,ct")  # Table 7: CT_skip
+    tiny(mae_ct, folders, first, "--no_eval --stages combined")
+    tiny(mae_ct, folders, second, "--no_eval --stages ct --init", first / "mae.pt", "--head", first / "head.pt")
+    same_weights(one, second)
+
+
+def test_heads_of_several_temperatures_side_by_side(folders, tmp_path):
+    seen, loss = [], mim_refiner.IDHeads.loss
+
+    def kept(heads, y, index, labels, dice, temperature, *args, **how):
+        seen.append((y.detach(), temperature.flatten().tolist()))
+        return loss(heads, y, index, labels, dice, temperature, *args, **how)
+
+    with mock.patch.object(mim_refiner.IDHeads, "loss", kept):
+        tiny(mim_refiner, folders, tmp_path, "--no_eval --temperatures 0.25,0.5,1")
+    for y, temperatures in seen:  # all read the same: [CLS] behind the final norm
+        assert y.shape[2] == 3 and torch.equal(y[:, :, :1].expand_as(y), y) and temperatures == [0.25, 0.5, 1]
+        assert y.mean(-1).abs().max() < 1e-4
+    log = [line for line in log_of(tmp_path) if line["stage"] != "mae"]
+    assert {line["stage"] for line in log} == {"heads"} and {len(line["nn_accuracy"]) for line in log} == {3}
+    assert not (tmp_path / "encoder.pt").exists()
+    with pytest.raises(InputError, match="--temperatures 0.1,0: write numbers above 0"):
+        tiny(mim_refiner, folders, tmp_path / "refused", "--temperatures 0.1,0")
+
+
 def test_colours_of_the_multi_crop():
     jitter = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, sigma=(0.1, 2.0))
     blur = [dict(p_blur=1.0, p_solarize=0.0), dict(p_blur=0.1, p_solarize=0.2), dict(p_blur=0.5, p_solarize=0.0)]
     assert [*common.BYOL, mim_refiner.LOCAL_COLOURS] == [common.Colour(**jitter, **b) for b in blur]
 
 
-def nna_loop(p, z, nn_z, temperature, swap_negatives=False, authors_loss=False):
+def nna_loop(p, z, nn_z, temperature, swap_negatives=False, authors_loss=False, authors_pairs=False):
     """Eq. 1 for one head, anchor by anchor: p [N, V, d], z and nn_z [N, 2, d]; also the number of pairs of views."""
     total, pairs, count = 0, 0, len(p)
     others = nn_z if swap_negatives else z
-    for i, j in itertools.product((0, 1), range(p.shape[1])):
-        if i == j:
-            continue
+    places = [(i, j) for i, j in itertools.product((0, 1), range(p.shape[1])) if i != j]
+    if authors_pairs:  # the local views' numbers start at the global ones
+        places = [(0, 1), (1, 0), *itertools.product((0, 1), range(p.shape[1] - 2))]
+    for i, j in places:
         pairs += 1
         for n in range(count):
             positive = torch.exp(nn_z[n, i] @ p[n, j] / temperature)
@@ -2090,7 +2148,7 @@ def nna_loop(p, z, nn_z, temperature, swap_negatives=False, authors_loss=False):
     return total / (count * pairs), pairs
 
 
-@pytest.mark.parametrize("variant", [{}, {"swap_negatives": True}, {"authors_loss": True}])
+@pytest.mark.parametrize("variant", [{}, {"swap_negatives": True}, {"authors_loss": True}, {"authors_pairs": True}])
 def test_nearest_neighbor_alignment_is_the_formula_over_22_pairs(variant):
     p = common.normalize(normal(2, 5, 12, 6)).requires_grad_()
     z, nn_z = (common.normalize(normal(2, 5, 2, 6, seed=i)) for i in (1, 2))
@@ -2101,6 +2159,9 @@ def test_nearest_neighbor_alignment_is_the_formula_over_22_pairs(variant):
     (ours,) = torch.autograd.grad(losses.sum(), p)
     (expected,) = torch.autograd.grad(sum(loops), p)
     assert error(ours, expected) < 1e-10
+    both = torch.tensor([0.2, 0.7], dtype=torch.float64).view(2, 1, 1, 1)  # Appendix E: a temperature a head
+    found = mim_refiner.nearest_neighbor_alignment(p, z, nn_z, both, **variant)
+    assert error(found, torch.stack([loops[0], nna_loop(p[1], z[1], nn_z[1], 0.7, **variant)[0]])) < 1e-12
 
 
 def plain_refiner_loss(projector, predictor, Q, own, y, index, dice, k):
@@ -2429,6 +2490,26 @@ def test_the_level_reaches_every_token_mask_tokens_included():
     assert torch.equal(unaware.decode(z, ids_restore, sigma), unaware.decode(z, ids_restore, 2 * sigma))
 
 
+def test_the_authors_can_is_their_ports():
+    s, model = tiny_can(authors_model=True, decoder_depth=0)
+    x, noise, sigma, e = can_inputs(s)
+    y, _, _ = model.encode(x, noise, sigma, e)
+    for i, v in itertools.product(range(6), range(2)):
+        tokens = model.f((x + sigma[..., None, None, None] * e)[i, v][None], noise[i, v].argsort()[None, :8])
+        assert error(y[i, v], tokens[0].mean(0)) < 1e-12  # [CLS] too
+    layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in model.projector]
+    assert layers == [(16, 16), "ReLU", (8, 16)] and model.projector[0].bias is not None
+    first, _, second = model.level.mlp
+    angles = [0.2 * 10000 ** (-i / 63) for i in range(64)]
+    sinusoids = torch.tensor([[math.sin(a) for a in angles] + [math.cos(a) for a in angles]], dtype=torch.float64)
+    p = (sinusoids @ first.weight.T + first.bias).clamp(min=0) @ second.weight.T + second.bias
+    z, ids_restore, d = normal(1, 1 + 8, 16), normal(1, 16).argsort(), model.decoder
+    found = model.decode(z, ids_restore, torch.tensor([0.2], dtype=torch.float64))
+    for t, place in enumerate(ids_restore[0].tolist()):
+        token = d.decoder_embed(z[0, 1 + place] + p[0]) if place < 8 else d.mask_token[0, 0]
+        assert error(found[0, t], d.decoder_pred(d.decoder_norm(token + d.decoder_pos_embed[0, 1 + t]))) < 1e-10
+
+
 @pytest.fixture(scope="module")
 def can_draws():
     """What the loop hands to `encode` in two steps of 128 images: views, masks' noise, levels, noise."""
@@ -2585,17 +2666,29 @@ def test_generalized_mean_lies_between_mean_and_maximum():
 
 
 def test_branch_is_the_appendixs():
-    for last in (0, 6):
-        projector = vicmae.Branch(6, "mean", last).projector
+    appendix = [(12, 6), *[(12, 12), (12,), "ReLU"] * 2]
+    later = [(4096, 6), (4096,), "ReLU", (4096, 4096), (4096,), "ReLU", (128, 4096)]  # the authors' code
+    for how, expected in (({}, appendix), (dict(last=6), [*appendix, (6, 12)]), (dict(authors=True), later)):
+        projector = vicmae.Branch(6, "mean", **how).projector
         layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in projector]
-        assert layers == [(12, 6), *[(12, 12), (12,), "ReLU"] * 2] + [(6, 12)] * (last > 0)
+        assert layers == expected
+    bound = math.sqrt(6 / (4096 + 128))  # xavier's
+    assert 0.99 * bound < projector[-1].weight.abs().max() <= bound and not projector[-1].bias.any()
     tokens = normal(2, 5, 6)
     for pooling, expected in (("mean", tokens[:, 1:].mean(1)), ("max", tokens[:, 1:].amax(1)), ("cls", tokens[:, 0])):
         assert torch.equal(vicmae.Branch(6, pooling).pool(tokens), expected)
     assert "power" in dict(vicmae.Branch(6, "gem").named_parameters())
 
 
-@pytest.mark.parametrize("method, flags", [("vicmae", ""), ("vicmae", "--reconstruct_both --color --no_flip"), ("mae", "")])
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("vicmae", ""),
+        ("vicmae", "--reconstruct_both --color --no_flip"),
+        ("vicmae", "--authors_color --mask_weight 0.97"),
+        ("mae", ""),
+    ],
+)
 def test_a_step_is_equations_6_and_7(float64, method, flags):
     s = recipe(vicmae, f"{TINY[vicmae]} --model vit_nano4 --epochs 1 --contrast_from 0 --contrast_weight 0.5 --seed 3 {flags}")
     ours = [randomized(module) for module in vicmae.models(s, method)]
@@ -2609,16 +2702,19 @@ def test_a_step_is_equations_6_and_7(float64, method, flags):
     data = next(common.batches(videos, views, 8, 0, 1, 3, CPU))
     key, rows = (3, method, 0), torch.arange(8)
     noise = uniform((*key, "mask"), rows, 2, 16)
-    colours = [None, vicmae.COLOURS if "color" in flags else None]
+    colours = [None, vicmae.COLOURS if "--color" in flags else None]
+    if "authors" in flags:
+        gray = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2)
+        colours = [common.Colour(**gray, p_blur=1.0), common.Colour(**gray, p_solarize=0.2)]
     z, masked = [], []
     for frame, view in enumerate(data.views):
-        x = common.augment(view, colours[frame], uniform((*key, "colour"), rows, 13))
+        x = common.augment(view, colours[frame], uniform((*key, ("first colour", "colour")[frame]), rows, 13))
         ids_keep, ids_restore, mask = common.random_masking(noise[:, frame], 0.75)
         tokens = f(x, ids_keep)
         assert tokens.shape[1] == 1 + 4
         z.append(F.normalize(branch.projector(tokens[:, 1:].mean(1)), dim=1))
         masked.append(common.mae_loss(decoder(tokens, ids_restore), x, mask).mean())
-    expected = sum(masked) / 2 if "both" in flags else masked[0]
+    expected = (sum(masked) / 2 if "both" in flags else masked[0]) * (0.97 if "weight" in flags else 1)
     places = list(itertools.product(range(len(z)), range(8)))
     for v, i in places if method == "vicmae" else []:
         others = [torch.exp(z[v][i] @ z[w][k] / 0.1) for w, k in places if (w, k) != (v, i)]
@@ -2691,6 +2787,8 @@ def test_views_share_their_crop_and_only_the_targets_colours_change(flags):
     s, plain = (recipe(cmae, f"{TINY[cmae]} {flags} {more}") for more in ("", "--no_color"))
     views = cmae.views_of(s)
     assert [v.size for v in views] == ([16, 16] if flags else [20])
+    sides = [cmae.views_of(recipe(cmae, f"--shift 16 {more} {flags}"))[0].size for more in ("", "--authors")]
+    assert sides == ([224, 224] if flags else [240, 256])  # 3.2, and the authors' code, of Figure 4a
     assert all(v.scale == (0.2, 1) and v.flip for v in views)
     images, key = Images(torch.zeros(64).long(), [], pixels=pictures(64, 24, 24)), (0, "key")
     data = next(common.batches(images, views, 64, 0, 1, 0, CPU))

@@ -19,6 +19,21 @@ Easy to get wrong:
   - Only the first frame is reconstructed (Eq. 6). Crop (0.5-1) and flip are all the augmentation (Table 6).
   - Negatives are both frames of the other videos of all ranks: 2N - 2, gathered with gradient.
   - Distant sampling takes one frame from each half; a gap takes the second within so many frames after the first.
+
+Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
+Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1.
+  Table 1        --methods mae|vicmae · ImageNet: eval.py finetune --recipe vicmae
+                 · eval.py finetune --recipe vicmae --scratch vit_b16 · Kinetics: eval.py video; TubeViT is quoted
+  Table 2        --methods simsiam|vicreg|vicmae · eval.py probe --recipe vicmae
+  Table 3        --methods mae|vicmae · eval.py transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd
+                 oxfordiiitpet caltech101 flowers102 FOLDER; Birdsnap and Cars are folders
+  Table 4        --gap 0|2|4|8|-1 · eval.py probe --recipe vicmae
+  Table 5        --pooling gem|max|mean · eval.py probe --recipe vicmae
+  Table 6        --color --crop_min 1 --no_flip · --no_color|--color · eval.py probe --recipe vicmae
+  Table 7        The settings.
+  Tables 8, 9    The recipes vicmae of eval.py's finetune, video and probe.
+  Table 10       --methods simsiam|vicreg|vicmae · eval.py finetune --recipe vicmae_subset --fraction 0.05|0.1|0.25|0.5|0.75|1
+  Figures 1, 2   Drawings.
 """
 
 import math
@@ -29,11 +44,11 @@ import torch
 from torch import nn
 
 from common import (
-    BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training, View, Whole,
-    adamw, augment, backward, batches, check_batch, check_masking, draw_rows, gather, init_encoder, launch, load_splits,
-    load_videos, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, nt_xent, open_run, parameter_groups,
-    parse_settings, print0, promote, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine,
-    uniform, warmup_cosine, world,
+    BatchNorm, BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training,
+    View, Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, gather, init_encoder,
+    init_weights, launch, load_splits, load_videos, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize,
+    nt_xent, open_run, parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruction_rows,
+    save_encoder, set_lr, start_machine, uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
@@ -52,16 +67,18 @@ class Settings(RunSettings):
     lr: Positive = 1.5e-4  # at batch 256
     weight_decay: Number = 0.05
     warmup_epochs: Number = 40
-    crop_min: Share = 0.5  # area of the random crops, up to 1
-    flip: bool = True
+    crop_min: Share = 0.5  # area of the random crops, up to 1; 1: the largest central square. Each frame has its own
+    flip: bool = True  # each frame for itself, as in the later code; the paper is silent
     contrast_weight: Number = 0.025  # lambda
+    mask_weight: Number = 1.0  # of L_MASK
     contrast_from: Number = 200  # epoch from which lambda counts
 
     gap: FromMinusOne = -1  # Table 4: frames; 0 is the same frame twice, -1 distant sampling
     pooling: Literal["mean", "max", "gem"] = "mean"  # Omega, Table 5
     color: bool = False  # Table 6: colours of the target's frame
+    authors_color: bool = False  # instead: the colours of the later code, of both frames
     temperature: Positive = 0.1  # not printed; the authors' later code
-    projector_last: bool = False  # a last linear layer behind the projector's ReLU
+    authors_projector: bool = False  # the later code's, see Branch
     reconstruct_both: bool = False  # the authors' later code; Eq. 6 has the first frame alone
     mask_ratio: Ratio = 0.75  # not printed; MAE's
     norm_pix: bool = True  # He et al. 2022
@@ -76,19 +93,28 @@ SHAPES = dict(
     decoder_heads=4, epochs=80, batch=200, lr=2e-3, warmup_epochs=8, contrast_from=20, contrast_weight=0.1,
 )  # fmt: skip
 
+# The authors' later code, where it is not this paper's; λ counts from the start. Not here: its BatchNorm is each GPU's own,
+# and so is its count of samples, by which those at one's place on other GPUs are positives too
+AUTHORS = dict(
+    mask_ratio=0.5, reconstruct_both=True, contrast_weight=0.03, mask_weight=0.97, contrast_from=0, crop_min=0.08,
+    authors_color=True, authors_projector=True,
+)  # fmt: skip
+
 # Table 6: jitter, gray and blur, whose strengths are not printed: chosen
 COLOURS = Colour(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
+# The later code's of the two frames
+AUTHORS_COLOURS = [replace(COLOURS, p_blur=1.0), replace(COLOURS, p_blur=0.0, p_solarize=0.2)]
 
 
 def presets(given):
     """Field values for the flags given: the built-in run; under --cost the step of the later epochs."""
-    row = {}
+    row = AUTHORS if given.get("authors") else {}
     if given.get("data", "moving_shapes") == "moving_shapes":
-        row |= SHAPES
+        row = row | SHAPES
         if given.get("short"):
             row |= dict(epochs=20, warmup_epochs=2, contrast_from=5)
     if given.get("cost"):
-        row |= dict(contrast_from=0)
+        row = row | dict(contrast_from=0)
     return row
 
 
@@ -103,18 +129,26 @@ class Branch(nn.Module):
 
     Args:
         dim: the encoder's width; pooling: mean, max, gem or cls; last: width of a last linear layer, or 0.
+        authors: the later code's projector instead, of widths 4096, 4096, 128, with xavier-uniform weights.
     """
 
-    def __init__(self, dim, pooling, last=0):
+    def __init__(self, dim, pooling, last=0, authors=False):
         super().__init__()
         self.pooling = pooling
         if pooling == "gem":
             self.power = nn.Parameter(torch.tensor([3.0]))
         wide = 2 * dim
-        layers = [nn.Linear(dim, wide, bias=False), *mlp_head(wide, wide, wide, last_norm=True), nn.ReLU()]
+        if authors:
+            first = [nn.Linear(dim, 4096), BatchNorm(4096), nn.ReLU()]
+            second = [nn.Linear(4096, 4096), BatchNorm(4096), nn.ReLU()]
+            layers = [*first, *second, nn.Linear(4096, 128)]
+        else:
+            layers = [nn.Linear(dim, wide, bias=False), *mlp_head(wide, wide, wide, last_norm=True), nn.ReLU()]
         if last:
             layers.append(nn.Linear(wide, last, bias=False))
         self.projector = nn.Sequential(*layers)
+        if authors:
+            self.projector.apply(init_weights)
 
     def pool(self, tokens):
         """Omega (Table 5): tokens [N, 1 + K, D] → [N, D]."""
@@ -145,13 +179,9 @@ def models(s, method):
     torch.manual_seed(s.seed)
     encoder = new_encoder(s, "mean")
     decoder = new_decoder(encoder, s)
-    pooling = s.pooling
-    last = 2 * encoder.dim * s.projector_last
-    if method in ("simsiam", "vicreg"):
-        pooling = "cls"
-    if method == "simsiam":
-        last = encoder.dim
-    return encoder, decoder, Branch(encoder.dim, pooling, last)
+    pooling = "cls" if method in ("simsiam", "vicreg") else s.pooling
+    last = encoder.dim if method == "simsiam" else 0
+    return encoder, decoder, Branch(encoder.dim, pooling, last, s.authors_projector and method == "vicmae")
 
 
 # --------------------------------------------------------------------------------------------------------- losses
@@ -198,6 +228,7 @@ def pretrain(run, method, f, decoder, branch, videos):
     if not pair:
         videos = replace(videos, gap=0)  # one frame, from anywhere
     views = [View(s.image_size, (s.crop_min, 1.0), s.flip)] * (2 if pair else 1)
+    colours = AUTHORS_COLOURS if s.authors_color else [None, COLOURS if s.color else None]
     peak = s.lr * s.batch / 256  # A
     groups = parameter_groups(nn.ModuleList([f, decoder, branch]), peak, s.weight_decay)
     optimizer = adamw(groups, zero=s.zero)  # Table 7's momenta
@@ -211,7 +242,7 @@ def pretrain(run, method, f, decoder, branch, videos):
         tokens = f(x, ids_keep)  # [N · F, 1 + K, D]
         step = 1 if s.reconstruct_both else frames  # every frame, or the first of each video
         loss = mae_loss(decoder(tokens[::step], ids_restore[::step]), x[::step], mask[::step], s.norm_pix)
-        return branch.pool(tokens).unflatten(0, (n, frames)).unbind(1), loss.view(n, -1).mean(1)
+        return branch.pool(tokens).unflatten(0, (n, frames)).unbind(1), s.mask_weight * loss.view(n, -1).mean(1)
 
     def objective(y_i, y_j):
         p_i, p_j = branch(y_i), branch(y_j)  # BatchNorm over one frame of each video
@@ -227,10 +258,9 @@ def pretrain(run, method, f, decoder, branch, videos):
     for data in training.batches(videos, views):
         key = (s.seed, method, training.step)
         contrasts = pair and s.contrast_weight > 0 and training.epoch >= s.contrast_from  # Table 7's schedule
-        x = [augment(data.views[0])]
+        x = [augment(data.views[0], colours[0], uniform((*key, "first colour"), data.rows, 13))]
         if contrasts or pair and s.reconstruct_both:
-            colour = COLOURS if s.color else None
-            x.append(augment(data.views[1], colour, uniform((*key, "colour"), data.rows, 13)))
+            x.append(augment(data.views[1], colours[1], uniform((*key, "colour"), data.rows, 13)))
         noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=device)[:, : len(x)]
 
         # in one piece: y, L_MASK = encode(*inputs); loss = objective(*y)[0] + L_MASK.mean(); loss.backward()
