@@ -838,34 +838,43 @@ def run_probe(
 # --------------------------------------------------------------------------------------------------------- few labels
 
 
-def logistic_regression(x, y, classes, penalty, tolerance=1e-3):
+def logistic_regression(x, y, classes, penalty, tolerance=1e-4):
     """Multinomial logistic regression without intercept: the W [D, C] that minimises
     mean cross-entropy(x W, y) + penalty / 2 · |W|², by L-BFGS.
 
     Ends where the value is certain to be within the share `tolerance` of the least one: no second derivative is below the
     penalty, so the distance is at most |gradient|² / (2 · penalty). x [N, D], y [N]; scikit-learn's C = 1 / (penalty · N).
+    The search is for V of W = axes · scale · V, in which the loss is about as curved in all directions: fewer steps.
     """
+    curvature, axes = torch.linalg.eigh(x.T @ x / (len(x) * classes))  # at W = 0
+    scale = (curvature.clamp(min=0) + 200 * penalty) ** -0.5  # 200: chosen; the curvature falls on the way to the minimum
+    descent = (x @ (axes * scale)).T @ (F.one_hot(y, classes) - 1 / classes).to(x)
+    scale = scale * (2 * math.log(classes) * len(x) / descent.norm().clamp(min=1e-30))  # the first step's length is 1
+    x = x @ (axes * scale)
+    shrink = penalty * scale.double().square()[:, None]
     certain = False
 
-    def loss(w):
+    def loss(flat):
         nonlocal certain
-        logits = x @ torch.from_numpy(w).to(x).view(-1, classes)  # [N, C]
+        v = torch.from_numpy(flat).to(x.device).view(-1, classes)
+        logits = x @ v.to(x)  # [N, C]
         logits = logits - logits.gather(1, y[:, None])  # so that a loss near 0 does not cancel
         log_sum = logits.logsumexp(1, keepdim=True)
         error = (logits - log_sum).exp().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
-        value = log_sum.double().mean().item() + penalty / 2 * w @ w
-        gradient = (x.T @ error / len(x)).double().cpu().numpy().ravel() + penalty * w
-        certain = gradient @ gradient <= 2 * penalty * tolerance * value
-        return value, gradient
+        gradient = (x.T @ error / len(x)).double() + shrink * v
+        value = (log_sum.double().mean() + (shrink * v * v).sum() / 2).item()
+        of_w = gradient / scale[:, None]
+        certain = of_w.square().sum().item() <= 2 * penalty * tolerance * value
+        return value, gradient.cpu().numpy().ravel()
 
-    def stop_if_certain(w):
+    def stop_if_certain(flat):
         if certain:
             raise StopIteration
 
     start = np.zeros(x.shape[1] * classes)
     never = dict(ftol=0, gtol=0)  # other reasons to stop
-    w = minimize(loss, start, method="L-BFGS-B", jac=True, callback=stop_if_certain, options=never).x
-    return torch.from_numpy(w).to(x).view(-1, classes)
+    v = minimize(loss, start, method="L-BFGS-B", jac=True, callback=stop_if_certain, options=never).x
+    return axes @ (scale[:, None] * torch.from_numpy(v).to(x).view(-1, classes))
 
 
 def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512):

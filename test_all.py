@@ -3721,9 +3721,9 @@ def test_logistic_regression_is_scikit_learns_within_its_tolerance(noise):
         for inputs in (x, x.double()):
             w = protocols.logistic_regression(inputs, y, 20, penalty).double().requires_grad_()
             value = objective(w, penalty)
-            assert value < 1.001 * objective(theirs, penalty)
-        (gradient,) = torch.autograd.grad(value, w)  # in float64: no value is less by more than the share 1e-3
-        assert gradient.square().sum() <= 2 * penalty * 1e-3 * value * (1 + 1e-9)
+            assert value < 1.0001 * objective(theirs, penalty)
+        (gradient,) = torch.autograd.grad(value, w)  # in float64: no value is less by more than the share 1e-4
+        assert gradient.square().sum() <= 2 * penalty * 1e-4 * value * (1 + 1e-9)
 
 
 def test_fewshot_classifier_is_a_plain_loop():
