@@ -448,21 +448,26 @@ def load_classifier(path, image_size=None):
 
 
 @torch.no_grad()
-def nearest(train_x, test_x, k, chunk=65536):
+def nearest(train_x, test_x, k, chunk=65536, prepare=None):
     """The k most similar rows of train_x [N, D] for each row of test_x [n, D]: (similarities, indices), both [n, k].
 
-    The training set is visited in chunks, so that similarities take n · chunk values at a time.
+    The training set is visited in chunks, each prepared once (`prepare`: rows → rows, by default as they are), so that
+    beside the features there are at most `chunk` prepared rows, and 1024 · chunk similarities.
     """
-    best = test_x.new_empty(len(test_x), 0)
-    indices = torch.empty(len(test_x), 0, dtype=torch.long, device=test_x.device)
+    parts = test_x.split(1024)
+    best = [part.new_empty(len(part), 0) for part in parts]
+    indices = [value.long() for value in best]
     for first in range(0, len(train_x), chunk):
-        similarity = test_x @ train_x[first : first + chunk].T
-        value, index = similarity.topk(min(k, similarity.shape[1]), 1)
-        best = torch.cat([best, value], 1)
-        indices = torch.cat([indices, index + first], 1)
-        best, order = best.topk(min(k, best.shape[1]), 1)
-        indices = indices.gather(1, order)
-    return best, indices
+        rows = train_x[first : first + chunk]
+        rows = (prepare(rows) if prepare else rows).T
+        for i, part in enumerate(parts):
+            similarity = part @ rows
+            value, index = similarity.topk(min(k, similarity.shape[1]), 1)
+            value = torch.cat([best[i], value], 1)
+            index = torch.cat([indices[i], index + first], 1)
+            best[i], order = value.topk(min(k, value.shape[1]), 1)
+            indices[i] = index.gather(1, order)
+    return torch.cat(best), torch.cat(indices)
 
 
 @torch.no_grad()
@@ -481,20 +486,21 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     need(max(ks) <= len(train_x), f"k = {max(ks)} is larger than the training set of {len(train_x)}")
     if standardize:
         std, mean = torch.std_mean(train_x, 0)
-        train_x = (train_x - mean) / (std + 1e-6)
-        test_x = (test_x - mean) / (std + 1e-6)
-    train_x = F.normalize(train_x, dim=1)
-    test_x = F.normalize(test_x, dim=1)
+
+    def prepare(x):
+        return F.normalize((x - mean) / (std + 1e-6) if standardize else x, dim=1)
+
+    own = slice(rank(), None, world())  # rows of the test set
+    similarities, neighbours = nearest(train_x, prepare(test_x[own]), max(ks), prepare=prepare)
     classes = int(max(train_y.max(), test_y.max())) + 1
     right = torch.zeros(len(ks), dtype=torch.long, device=test_x.device)
-    for rows in torch.arange(len(test_x))[rank() :: world()].split(1024):
-        similarity, index = nearest(train_x, test_x[rows], max(ks))
+    for similarity, index, label in zip(similarities.split(1024), neighbours.split(1024), test_y[own].split(1024)):
         weight = similarity
         if temperature:
             weight = torch.exp((similarity - similarity[:, :1]) / temperature)
         for i, k in enumerate(ks):
-            votes = similarity.new_zeros(len(rows), classes).scatter_add_(1, train_y[index[:, :k]], weight[:, :k])
-            right[i] += (votes.argmax(1) == test_y[rows]).sum()
+            votes = similarity.new_zeros(len(label), classes).scatter_add_(1, train_y[index[:, :k]], weight[:, :k])
+            right[i] += (votes.argmax(1) == label).sum()
     right = gather(right[None]).sum(0)
     by_k = {k: 100 * r / len(test_x) for k, r in zip(ks, right.tolist())}
     best = max(by_k, key=by_k.get)
