@@ -64,7 +64,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import (
     BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, RunSettings, Share, Training, View, Whole, adamw,
-    augment, backward, check_batch, check_masking, draw_rows, init_encoder, init_weights, launch, load_splits,
+    augment, augment_views, backward, check_batch, check_masking, draw_rows, init_encoder, init_weights, launch, load_splits,
     masked_mean, mlp_head, model_size, need, new_decoder, new_encoder, normal, normalize, normalize_patches, nt_xent,
     open_run, parameter_groups, parse_settings, patchify, promote, random_masking, rank, save_encoder, set_lr,
     start_machine, to_bytes, uniform, unnormalize_patches, unpatchify, warmup_cosine,
@@ -309,7 +309,7 @@ def pretrain(run, method, model, images, s):
     for data in training.batches(images, views):
         key = (s.seed, method, training.step)
         colour = uniform((*key, "colour"), data.rows, s.views, 13)
-        x = torch.stack([augment(v, colours, n) for v, n in zip(data.views, colour.unbind(1))], 1)  # [N, V, 3, S, S]
+        x = torch.stack(augment_views(data.views, [colours] * s.views, colour), 1)  # [N, V, 3, S, S]
         noise = uniform((*key, "mask"), data.rows, s.views, patches, device=device)  # [N, V, T]
         sigma = s.sigma_max * uniform((*key, "sigma"), data.rows, s.views, device=device).to(x)  # [N, V], U[0, max]
 

@@ -8,7 +8,7 @@ The sections stand in the order in which a paper's loop meets them; each begins 
     the step         backward, parameter_groups, adamw, warmup_cosine, set_lr
     random numbers   uniform, normal
     processes        start_machine, gather, rank, world
-    views, colours   View, Colour, augment
+    views, colours   View, Colour, augment, augment_views
     data             load_splits, Images, Videos, batches
     built-in data    shapes, moving_shapes
     settings         RunSettings, parse_settings, need, check_batch
@@ -758,12 +758,14 @@ def backward_in_pieces(encode, objective, chunks, n, precision):
         features = [torch.cat(parts).requires_grad_() for parts in zip(*cached)]
         with precision:
             loss, aux = objective(*features)
+        Bucket.more_passes = True
         loss.backward()
         loss = loss.detach()
         of_feature = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]  # None: a target's feature
         gradients = list(zip(*[g.chunk(len(chunks)) for g in of_feature]))
 
-    for chunk, gradient in zip(chunks, gradients):
+    for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
+        Bucket.more_passes = i < len(chunks) - 1  # gradients of the last pass go to the other ranks while it runs
         with precision:
             features, sample_loss = encode(*chunk)
         pairs = list(zip(features, gradient))
@@ -970,28 +972,60 @@ class Gather(torch.autograd.Function):
         return grad.chunk(world())[rank()]
 
 
-def average_gradients(parameters):
-    """Replaces every gradient by its mean over ranks: what DistributedDataParallel does, after the backward pass, in at most
-    nine transfers that are in flight at once. Not hidden behind the backward pass, which the step with cached feature
-    gradients runs several times.
-    """
-    if world() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    enough = sum(g.numel() for g in gradients) / 8
+class Bucket:
+    """Gradients that travel over ranks together, as DistributedDataParallel's: they lie in one flat tensor, which is sent as
+    soon as the last backward pass of a step has reached all of them, while the pass goes on; or else by `take_step`."""
+
+    more_passes = False  # of this step are to come: see `backward_in_pieces`
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.flat = torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+        self.parts = self.flat.split([p.numel() for p in parameters])
+        self.reached = set()
+        self.transfer = None
+        self.hooks = [p.register_post_accumulate_grad_hook(self.reach) for p in parameters]
+
+    def reach(self, p):
+        """A backward pass has come to p."""
+        need(self.transfer is None, "a second backward pass in a step: over ranks it has to be one call of `backward`")
+        if Bucket.more_passes:
+            return
+        self.reached.add(p)
+        if len(self.reached) == len(self.parameters):
+            self.send()
+
+    def send(self):
+        """Starts the transfer, unless there are no gradients; those that are missing count as 0 and stay away."""
+        if all(p.grad is None for p in self.parameters):
+            return
+        for p, part in zip(self.parameters, self.parts):
+            if p.grad is None:
+                part.zero_()
+            else:
+                p.grad = part.view_as(p).copy_(p.grad)
+        self.transfer = dist.all_reduce(self.flat, async_op=True)
+
+    def receive(self):
+        """Makes the gradients their means over ranks."""
+        if self.transfer:
+            self.transfer.wait()
+            self.flat /= world()
+        self.transfer = None
+        self.reached.clear()
+
+
+def fill_buckets(parameters):
+    """Buckets of parameters in this order, at most nine."""
+    enough = sum(p.numel() for p in parameters) / 8
     buckets, filled = [], math.inf
-    for g in gradients:
+    for p in parameters:
         if filled >= enough:
             buckets.append([])
             filled = 0
-        buckets[-1].append(g)
-        filled += g.numel()
-    flat = [torch.cat([g.flatten() for g in bucket]) for bucket in buckets]
-    transfers = [dist.all_reduce(f, async_op=True) for f in flat]
-    for transfer, f, bucket in zip(transfers, flat, buckets):
-        transfer.wait()
-        means = (f / world()).split([g.numel() for g in bucket])
-        torch._foreach_copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket)])
+        buckets[-1].append(p)
+        filled += p.numel()
+    return [Bucket(bucket) for bucket in buckets]
 
 
 def means_over_ranks(values, device):
@@ -1016,7 +1050,7 @@ class View:
     bilinear: bool = False  # instead of bicubic
 
 
-@dataclass
+@dataclass(frozen=True)
 class Colour:
     """Colour augmentation of one view, BYOL's kinds: strengths and probabilities; zeros do nothing."""
 
@@ -1052,16 +1086,33 @@ def augment(x, colour=None, noise=None):
     return standardise(x)
 
 
+def augment_views(views, colours, noise):
+    """`augment` of each view of a list, by its Colour or None; noise [N, V, 13]. Views of one size and Colour go together, so
+    that a device has few operations to start."""
+    alike = collections.defaultdict(list)
+    for i, (x, colour) in enumerate(zip(views, colours)):
+        alike[x.shape, colour].append(i)
+    found = [None] * len(views)
+    for (_, colour), members in alike.items():
+        x = augment(torch.cat([views[i] for i in members]), colour, torch.cat([noise[:, i] for i in members]))
+        for i, part in zip(members, x.chunk(len(members))):
+            found[i] = part
+    return found
+
+
 def jitter(x, colour, noise):
     """Colour jitter of some of x [N, 3, H, W], in place; noise [N, 9]: whether, the operations' order, their amounts."""
     jittered = noise[:, 0] < colour.p_jitter
     order = noise[:, 1:5].argsort(dim=1, stable=True)
-    for place in range(4):
-        for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            strength = colour.jitter[i]
-            low, high = (-strength, strength) if operation is adjust_hue else (max(0.0, 1 - strength), 1 + strength)
-            if strength:
-                change(x, jittered & (order[:, place] == i), operation, uniform_to(noise[:, 5 + i], low, high))
+    strength = torch.tensor(colour.jitter, dtype=torch.float64)
+    middle = torch.tensor([1.0, 1.0, 1.0, 0.0])  # hue is shifted, the others are multiplied
+    low, high = (middle - strength).maximum(middle - 1), middle + strength
+    amounts = low.to(noise) + (high - low).to(noise) * noise[:, 5:]
+    amounts = amounts.gather(1, order)  # of the first operation, the second, …
+    for kind, amount in zip(order.unbind(1), amounts.unbind(1)):
+        chosen = jittered & (strength[kind] > 0)
+        change(x, chosen & (kind < 3), adjust, amount, kind)
+        change(x, chosen & (kind == 3), adjust_hue, amount)
 
 
 def uniform_to(u, low, high):
@@ -1069,13 +1120,14 @@ def uniform_to(u, low, high):
     return low + (high - low) * u
 
 
-def change(x, chosen, operation, amount=None):
-    """x[chosen] ← operation(x[chosen], amount[chosen]); chosen and amount [N] are on the CPU: the device never waits."""
-    if not chosen.any():
-        return
-    rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
-    amounts = [] if amount is None else [amount[chosen].to(x.device, non_blocking=True)]
-    x[rows] = operation(x[rows], *amounts)
+def change(x, chosen, operation, *amounts):
+    """x[chosen] ← operation(x[chosen], …) with the same rows of the amounts; chosen and amounts [N] are on the CPU: the
+    device never waits."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        amounts = [amount[rows].to(x.device, non_blocking=True) for amount in amounts]
+        rows = rows.to(x.device, non_blocking=True)
+        x[rows] = operation(x[rows], *amounts)
 
 
 @functools.cache
@@ -1112,25 +1164,13 @@ def solarize(x):
     return torch.where(x >= 0.5, 1 - x, x)
 
 
-def blend(x, other, factor):
-    """factor · x + (1 − factor) · other within [0, 1]; factor [N]."""
-    factor = factor.view(-1, 1, 1, 1)
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-
-def adjust_brightness(x, factor):
-    """factor [N] from 0 (black); 1 changes nothing."""
-    return blend(x, torch.zeros_like(x), factor)
-
-
-def adjust_contrast(x, factor):
-    """factor [N] from 0 (the mean gray)."""
-    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x, factor):
-    """factor [N] from 0 (gray)."""
-    return blend(x, luma(x), factor)
+def adjust(x, factor, kind):
+    """Brightness (kind 0: from black), contrast (1: from the mean gray) or saturation (2: from gray) of each sample:
+    factor · x + (1 − factor) · where it starts from, within [0, 1]; factor, kind [N]."""
+    factor, kind = factor.view(-1, 1, 1, 1), kind.view(-1, 1, 1, 1)
+    gray = luma(x)
+    start = torch.where(kind == 1, gray.mean((1, 2, 3), keepdim=True), gray) * (kind > 0)
+    return (factor * x + (1 - factor) * start).clamp(0, 1)
 
 
 def adjust_hue(x, shift):
@@ -1195,12 +1235,11 @@ class RandomCrops:
         dice = random.Random(repr((self.seed, epoch, index)))
         cut = []
         for view, image in zip(self.views, images.sources(index, len(self.views), dice)):
-            top, left, h, w = crop_box(dice, image.height, image.width, view.scale)
-            kernel = Image.Resampling.BILINEAR if view.bilinear else Image.Resampling.BICUBIC
-            x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), kernel)
-            if dice.random() < 0.5 and view.flip:
-                x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            cut.append(to_uint8(x))
+            top, left, h, w = crop_box(dice, *image.shape[1:], view.scale)
+            crop = image[None, :, top : top + h, left : left + w]
+            mode = "bilinear" if view.bilinear else "bicubic"
+            x = F.interpolate(crop, (view.size, view.size), mode=mode, antialias=True)[0]
+            cut.append(x.flip(2) if dice.random() < 0.5 and view.flip else x)
         return cut
 
 
@@ -1351,8 +1390,8 @@ class Images:
         return read_image(self.name(i)) if self.files is not None else to_rgb(self.dataset[i][0])
 
     def sources(self, index, views, dice):
-        """The RGB image that each of a sample's views is cut from: the same one."""
-        return [self.open(index)] * views
+        """The image, uint8 [3, H, W], that each of a sample's views is cut from: the same one."""
+        return [to_uint8(self.open(index))] * views
 
     def subset(self, index, classes=None):
         """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
@@ -1545,7 +1584,8 @@ class Videos(Images):
         """The frames of a pair: the first view is cut from the one, the second from the other."""
         clip = self.open_clip(index)
         noise = torch.tensor([[dice.random(), dice.random()]])
-        return [clip.frame(number) for number in sample_frames(noise, clip.length, self.gap)[0, :views].tolist()]
+        numbers = sample_frames(noise, clip.length, self.gap)[0, :views]
+        return [to_uint8(clip.frame(number)) for number in numbers.tolist()]
 
     def open_clip(self, i):
         """Video i as a Clip."""
@@ -2430,6 +2470,7 @@ class Training:
             self.step = run.take_checkpoint(stage, state, count)
         self.skipped_in_a_row = 0
         self.stop = False  # some process was told to end
+        self.buckets = []  # of gradients; none on one process
         self.signals = StopSignals(stage, run.how_to_resume())
         self.progress = Progress(stage, self.total, self.step, batch)
         self.log_file = None
@@ -2473,6 +2514,8 @@ class Training:
         finally:
             if self.log_file:
                 self.log_file.close()
+            for hook in itertools.chain(*(bucket.hooks for bucket in self.buckets)):
+                hook.remove()
         self.run.finish(self.stage)
         if unreadable := self.run.machine.unreadable:
             print0(f"{len(unreadable)} unreadable files were passed over")
@@ -2487,7 +2530,7 @@ class Training:
             (whether the step was taken, {"loss", "lr", "grad_norm" and the values} as numbers or lists).
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        average_gradients(parameters)
+        self.average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.run.settings.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.settings.clip_grad, norm)
@@ -2501,6 +2544,20 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         self.count_skipped(taken, means)
         return taken, means | dict(lr=max(group["lr"] for group in optimizer.param_groups))
+
+    def average_gradients(self, parameters):
+        """Replaces gradients by their means over ranks, in at most nine transfers; from the second step on most of them have
+        started during the backward pass."""
+        if world() > 1 and not self.buckets:
+            modules = [part for part in self.state.values() if isinstance(part, nn.Module)]
+            place = {p: i for i, p in enumerate(itertools.chain(*(m.parameters() for m in modules)))}
+            backwards = sorted(parameters, key=lambda p: -place.get(p, 0))  # as the backward pass comes to them
+            self.buckets = fill_buckets(backwards)
+        for bucket in self.buckets:
+            if not bucket.transfer:
+                bucket.send()
+        for bucket in self.buckets:
+            bucket.receive()
 
     def count_skipped(self, taken, means):
         """Tells of a skipped step; the tenth in a row is an error."""

@@ -73,7 +73,7 @@ from torch import nn
 
 from common import (
     BYOL, VIT_SIZES, BatchSize, Count, Fraction, Number, Positive, Queue, Ratio, RunSettings, Share, Training, View, Whole,
-    adamw, augment, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
+    adamw, augment, augment_views, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
     load_encoder, load_file, load_splits, load_state, mae_loss, mlp_head, model_size, need, new_decoder, new_encoder,
     normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, rank, reconstruction_rows,
     save_encoder, save_file, set_lr, start_machine, tell_proportions, uniform, warmup_cosine,
@@ -261,7 +261,7 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
         colour_noise = uniform((*key, "colour"), data.rows, 2, 13)
-        x1, x2 = map(augment, data.views, colours, colour_noise.unbind(1))
+        x1, x2 = augment_views(data.views, colours, colour_noise)
         noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=x1.device)
         dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 

@@ -71,7 +71,7 @@ from torch import nn
 
 from common import (
     BYOL, VIT_SIZES, BatchNorm, BatchSize, Colour, Count, Fraction, Number, Positive, Queue, RunSettings, Share, Training,
-    View, Whole, adamw, augment, backward, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather,
+    View, Whole, adamw, augment_views, backward, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather,
     launch, load_splits, model_size, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
     parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, tell_proportions, uniform,
     warmup_cosine,
@@ -353,7 +353,7 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
         noise = uniform((*key, "colour"), data.rows, len(views), 13)
-        x = list(map(augment, data.views, colours, noise.unbind(1)))
+        x = augment_views(data.views, colours, noise)
         resolutions = tuple(torch.stack(r, 1) for r in (x[:2], x[2:]) if r)  # the global views, the local ones
         dice = uniform((*key, "dice"), data.rows, 2, device=run.machine.device)
         weights = head_weights(s.schedule if tuned else "constant", training.step / training.total, len(blocks))
