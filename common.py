@@ -2480,11 +2480,6 @@ class Training:
         """Of the step in progress, from 0."""
         return self.step // self.per_epoch
 
-    def epoch_ends(self):
-        """Whether the step in progress is the last of an epoch, or of all."""
-        done = self.step + 1
-        return done % self.per_epoch == 0 or done == self.total
-
     def batches(self, images, views):
         """Yields a Batch of random crops for each step; with --cost a few of random pixels, which are timed."""
         if self.run.settings.compile:

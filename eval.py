@@ -13,7 +13,7 @@ What a protocol's text leaves open stands in its function's docstring.
 Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a published list of images or of classes.
 
     knn                                                 MAE-CT Tables 2, 4, 7, 8, 13, 16, 18
-    knn --raw --standardize                             MIM-Refiner Tables 1, 2, 6, 7
+    knn --raw --standardize                             MIM-Refiner Tables 1, 2, 6, 7, 13
     knn --per_block --standardize                       MIM-Refiner Figure 3b
     knn --last 4 --standardize                          MIM-Refiner Table 13
     probe                                               MAE-CT Tables 1, 2, 4, 7, 8, 13, 14, 16, 18
@@ -38,15 +38,15 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     finetune --recipe mim_refiner_10 --lists LIST       MIM-Refiner Tables 2, 7: 10 %
     finetune --recipe inat18 --shots 5 --splits 3       MIM-Refiner Table 4, iNat18: 5 shots; also 10
     finetune --recipe can                               CAN Table 3, Figure 1; for Figures 5, 8, 9, 15
-    finetune --recipe can --scratch vit_b16             CAN Table 3, Figure 9: from scratch, by a recipe that is chosen
+    finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3, Figure 9: from scratch, by a recipe that is chosen
     finetune --recipe cmae                              CMAE Tables 1, 2, 4, Figures 2, 4, 5b
     finetune --recipe partial --blocks 1                CMAE Figure 5a
     finetune --recipe vicmae                            ViC-MAE Table 1
-    finetune --recipe vicmae --scratch vit_b16          ViC-MAE Table 1: Scratch, by a recipe that is chosen
+    finetune --recipe vicmae --scratch vit_b16 --layer_decay 1  ViC-MAE Table 1: Scratch, by a recipe that is chosen
     finetune --recipe vicmae_subset --fraction 0.05     ViC-MAE Table 10
     curve --curves mae/finetune.json cmae/finetune.json                          CMAE Figure 4b
     curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images  MAE-CT Figure 7
-    curve --curves MAE=b/probe.json,l/probe.json --y probe --at 447 791          MAE-CT Figure 6, against GPU-hours
+    curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792          MAE-CT Figure 6, against GPU-hours (8 x Table 5)
     transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE  MIM-Refiner Tables 4, 8
     transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd oxfordiiitpet caltech101 flowers102
                                                         ViC-MAE Table 3; Birdsnap and Cars are folders
@@ -672,6 +672,23 @@ def probe_scores(heads, sets, lrs, x, y, score):
     return scores
 
 
+@torch.no_grad()
+def best_probe(heads, sets, lrs, x, y, score):
+    """What `probe` returns of trained heads."""
+    scores = probe_scores(heads, sets, lrs, x, y, score)
+    name, lr = max(scores, key=scores.get)
+    number, place = lrs.index(lr), list(sets).index(name)
+    probes = heads[place].eval()
+    part = x.split(list(sets.values()), 1)[place]
+    logits = F.linear(probes.norm(part), probes.weight[number], probes.bias[number])
+    result = {"probe": scores[name, lr]} | top5(logits, y)
+    result |= {"lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in lrs}}
+    if len(sets) > 1:
+        by_set = {name: max(scores[name, lr] for lr in lrs) for name in sets}
+        result |= {"features": name, "probe_by_features": by_set}
+    return result, probes, number
+
+
 def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=None, loss=cross_entropy,
           score=accuracy, best_epoch=False, stage="probe"):  # fmt: skip
     """Linear probes of one or several feature sets, every learning rate of a sweep, trained side by side on the same
@@ -714,27 +731,15 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
         set_lr(optimizer, warmup_cosine(training.step, training.total, warmup))
         _, means = training.take_step(optimizer, losses.detach().mean())
         training.log(means)
-        if best_epoch and training.epoch_ends():
+        if best_epoch and epoch_ends(training):
             scores = probe_scores(heads, sets, how.lrs, test_x, test_y, score)
             if max(scores.values()) > max(by_epoch, default=-1):
                 best.load_state_dict(heads.state_dict())
             by_epoch.append(max(scores.values()))
         training.save_if_due()
 
-    scores = probe_scores(best, sets, how.lrs, test_x, test_y, score)
-    name, lr = max(scores, key=scores.get)
-    number = how.lrs.index(lr)
-    place = list(sets).index(name)
-    probes = best[place].eval()
-    logits = F.linear(probes.norm(test_x.split(widths, 1)[place]), probes.weight[number], probes.bias[number])
-    result = {"probe": scores[name, lr]} | top5(logits, test_y)
-    result |= {"lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in how.lrs}}
-    if len(sets) > 1:
-        by_set = {name: max(scores[name, lr] for lr in how.lrs) for name in sets}
-        result |= {"features": name, "probe_by_features": by_set}
-    if best_epoch:
-        result |= {"probe_by_epoch": list(by_epoch)}
-    return result, probes, number
+    result, probes, number = best_probe(best, sets, how.lrs, test_x, test_y, score)
+    return result | ({"probe_by_epoch": list(by_epoch)} if best_epoch else {}), probes, number
 
 
 def cached_probe(x, y, test_x, test_y):
@@ -1176,6 +1181,12 @@ def trainable_copy(encoder, s):
     return encoder
 
 
+def epoch_ends(training):
+    """Whether the step in progress is the last of an epoch, or of all."""
+    done = training.step + 1
+    return done % training.per_epoch == 0 or done == training.total
+
+
 class Series(list):
     """A list that checkpoints keep."""
 
@@ -1220,7 +1231,7 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
         set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
         _, means = training.take_step(optimizer, loss)
         training.log(means)
-        if training.epoch_ends():
+        if epoch_ends(training):
             logits, y = validate()
             by_epoch.append({"finetune": accuracy(logits, y)} | top5(logits, y))
             print0(f"epoch {len(by_epoch)}: {by_epoch[-1]['finetune']:.2f}")

@@ -3566,7 +3566,7 @@ def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp
 
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("protocol, file, flags", [("finetune", "finetuned.pt", "--recipe mae --epochs 3 --lr 0.3 --seed 2"),
-                                                   ("probe", "probe.pt", "--epochs 3 --recipe lars")])  # fmt: skip
+                                                   ("probe", "probe.pt", "--epochs 3 --recipe lars --best_epoch")])  # fmt: skip
 def test_a_stopped_evaluation_goes_on_to_the_same_bits(tmp_path, protocol, file, flags, told):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected, _ = evaluated(whole, protocol, flags)
