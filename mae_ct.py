@@ -56,7 +56,7 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Figure 3       eval.py colorhist
   Figures 5, 10  eval.py retrieve --classes LIST
   Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug, and Table 1's accuracies against these hours:
-                 eval.py curve --curves MAE=FILE,FILE --y probe --at 447 791
+                 eval.py curve --curves MAE=FILE,FILE --y probe --at 448 792
   Figure 7       eval.py finetune --recipe mae, and the runs of Table 2 with fewer labels:
                  eval.py curve --curves MAE=FILE,FILE --y finetune --x images
   Figure 9       eval.py cluster --classes LIST
