@@ -101,14 +101,15 @@ from torchvision.transforms.v2 import RandomErasing
 from torchvision.transforms.v2 import functional as v2
 
 from common import (
-    BatchNorm, BatchSize, Count, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS, Machine,
-    Number, Parser, Positive, Ratio, Run, RunSettings, SUFFIXES, Share, Training, ViT, View, Whole, adamw, add_flag,
-    augment, autocast, backward, batches, build_vit, check_batch, check_settings, check_value, class_labels, comments, crop_box,
-    decode, draw_curves, draw_per_class, draw_rows, file_names, find_files, gather, launch, load_encoder, load_file,
-    load_images, load_splits, load_state, load_videos, mae_loss, need, open_run, parameter_groups, print0, progress,
-    promote, random_masking, rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
-    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise,
-    warmup_cosine, world, write_atomic,
+    BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS,
+    Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, Training, ViT, View,
+    Whole, adamw, add_flag, augment, autocast, backward, batches, build_vit, check_batch, check_settings,
+    check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
+    find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, mae_loss,
+    need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, progress, promote, random_masking,
+    rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise, start_machine,
+    to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise, warmup_cosine, world,
+    write_atomic,
 )  # fmt: skip
 
 
@@ -2290,6 +2291,197 @@ def run_segment(
         maps = [("labels", map_colours(labels + 1), None), ("predictions", map_colours(predictions + 1), None)]
         draw_rows(job.file("segment.png"), [("images", to_bytes(x), None), *maps], side=96)
     return result | dict(settings=settings)
+
+
+# ------------------------------------------------------------------------------------------- objects as COCO keeps them
+
+
+@dataclass
+class Objects(Images):
+    """Images whose objects have boxes and masks. What is known of an image, its size and its objects in COCO's words, is text
+    in one block of memory, which forked workers share."""
+
+    annotations: bytes = b""  # JSON
+    spans: np.ndarray = None  # [N, 2], where in it an image's part begins and ends
+
+    def read(self, i):
+        """What is known of image i: {"id", "width", "height", "objects": [{"label", "bbox", "area", …}, …]}."""
+        start, end = self.spans[i].tolist()
+        return json.loads(self.annotations[start:end])
+
+    def open(self, i):
+        """Image i as an RGB PIL image; it is unreadable if it has another size than the annotations say."""
+        image, known = super().open(i), self.read(i)
+        size = known["width"], known["height"]
+        if image.size != size:
+            raise ValueError(f"it has {image.size} pixels, its annotations are for {size}")
+        return image
+
+    def target(self, i):
+        """The objects of image i: boxes [m, 4] in pixels (left, top, right, bottom), labels [m] from 1, masks [m, H, W] bool,
+        area [m], crowd [m] bool (a group whose members are not told apart: no training example), image_id."""
+        known = self.read(i)
+        objects, size = known["objects"], (known["height"], known["width"])
+        masks = [torch.from_numpy(draw_mask(o["segmentation"], *size)) for o in objects]
+        corners = torch.tensor([o["bbox"] for o in objects]).view(-1, 2, 2)
+        corners[:, 1] += corners[:, 0]
+        return dict(
+            boxes=corners.flatten(1),
+            labels=torch.tensor([o["label"] for o in objects], dtype=torch.long),
+            masks=torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
+            area=torch.tensor([o["area"] for o in objects]),
+            crowd=torch.tensor([o["iscrowd"] for o in objects], dtype=torch.bool),
+            image_id=known["id"],
+        )
+
+
+def with_annotations(known, classes, **images):
+    """Objects from what is known of each image."""
+    texts = [json.dumps(one).encode() for one in known]
+    ends = np.cumsum([len(text) for text in texts])
+    spans = np.stack([np.append(0, ends[:-1]), ends], 1)
+    return Objects(torch.full((len(known),), -1), classes, annotations=b"".join(texts), spans=spans, **images)
+
+
+def load_objects(data, split):
+    """A split of `scenes` (for "shapes") or of a folder of COCO's layout: train2017/, val2017/ with the images and
+    annotations/instances_train2017.json, instances_val2017.json. Labels count the categories from 1, in the order of their
+    numbers. Objects without size are left out, and named; images without objects are kept."""
+    if data == "shapes":
+        return scenes(split)
+    folder, path = Path(data, f"{split}2017"), Path(data, "annotations", f"instances_{split}2017.json")
+    layout = "COCO's layout, train2017/, val2017/ and annotations/instances_*.json"
+    need(folder.is_dir(), f"--data {data}: there is no {folder}; give `shapes` or a folder of {layout}")
+    content = read_json(path, f"give a folder of {layout}")
+    with understanding(path):
+        categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+        label = {number: i for i, number in enumerate(categories, 1)}
+        sizes = ("id", "width", "height", "file_name")
+        known = {image["id"]: {name: image[name] for name in sizes} | dict(objects=[]) for image in content["images"]}
+        flat = []
+        for o in content["annotations"]:
+            for name, listed in (("image_id", known), ("category_id", label)):
+                need(o[name] in listed, f"{path}: annotation {o['id']} has the {name} {o[name]}, which is not listed there")
+            if min(o["bbox"][2:]) <= 0 or not o["segmentation"]:
+                flat.append(str(o["id"]))
+                continue
+            kept = {name: o[name] for name in ("bbox", "area", "segmentation")}
+            kept |= dict(label=label[o["category_id"]], iscrowd=o.get("iscrowd", 0))
+            known[o["image_id"]]["objects"].append(kept)
+        known = sorted(known.values(), key=lambda image: image["id"])
+    missing = {image["file_name"] for image in known} - set(os.listdir(folder))
+    need(not missing, f"{path}: {len(missing)} of {len(known)} images are not in {folder}: {', '.join(sorted(missing)[:3])}")
+    objects = sum(len(image["objects"]) for image in known)
+    empty = sum(not image["objects"] for image in known)
+    left_out = f", left out for want of a size or an outline: annotations {', '.join(flat[:9])} ({len(flat)})" if flat else ""
+    print0(f"{path}: {len(known)} images, {empty} without objects, {objects} objects, {len(categories)} classes{left_out}")
+    files = file_names([folder / image["file_name"] for image in known])
+    return with_annotations(known, list(categories.values()), files=files)
+
+
+def draw_mask(segmentation, height, width):
+    """An object's mask, bool [height, width], from COCO's "segmentation": a list of polygons (x, y, x, y, …), of which it
+    is the union, or the lengths of runs of 0 and 1 by turns, column after column, as a list or as text."""
+    if isinstance(segmentation, list):
+        return np.any([fill_polygon(polygon, height, width) for polygon in segmentation], 0)
+    counts = segmentation["counts"]
+    counts = np.array(counts if isinstance(counts, list) else read_counts(counts))
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(f"the runs of a mask fill {counts.sum()} pixels, the image has {height * width}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def read_counts(text):
+    """Run lengths from COCO's text: six bits a character from "0" on, the lower five first; the sixth says that more
+    follow, the fifth of the last is the sign. From the fourth length on it is the difference to the last but one."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
+
+
+def fill_polygon(polygon, height, width):
+    """The pixels in a polygon (x, y, x, y, …) by COCO's rule, bool [height, width].
+
+    The outline is drawn on a grid five times as fine, from corner to corner in steps of one along an edge's longer axis.
+    Where it passes the middle of a column of pixels, all that follow, column after column, change sides.
+    """
+    corner = (5 * np.array(polygon, dtype=float).reshape(-1, 2) + 0.5).astype(int)
+    other = np.roll(corner, -1, 0)
+    extent = np.abs(other - corner)
+    longer = np.where(extent[:, :1] >= extent[:, 1:], [True, False], [False, True])  # [corners, 2], of (x, y)
+    length = extent.max(1)
+    backwards = (other < corner)[longer][:, None]  # either direction is drawn from the lower end
+    low, high = np.where(backwards, other, corner), np.where(backwards, corner, other)
+    slope = (high - low) / np.maximum(length, 1)[:, None]
+
+    edge = np.repeat(np.arange(len(corner)), length + 1)
+    first = np.cumsum(length + 1) - length - 1
+    at = (np.arange(len(edge)) - first[edge])[:, None]
+    at = np.where(backwards[edge], length[edge][:, None] - at, at)  # steps from the lower end
+    point = np.where(longer[edge], low[edge] + at, (low[edge] + slope[edge] * at + 0.5).astype(int))
+
+    x, y = np.minimum(point[1:], point[:-1])[point[1:, 0] != point[:-1, 0]].T
+    column, part = np.divmod(x, 5)
+    row = ((y + 2) // 5).clip(0, height)
+    passed = (part == 2) & (column >= 0) & (column < width)
+    changes = np.bincount((column * height + row)[passed], minlength=height * width + 1)
+    return (changes[:-1].cumsum(dtype=np.uint8) % 2 == 1).reshape(width, height).T
+
+
+def run_lengths(mask):
+    """A mask [H, W] as COCO's run lengths, column after column, 0 first."""
+    flat = np.asarray(mask).T.ravel().astype(int)
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff(changes, prepend=0, append=len(flat)).tolist()
+
+
+def scenes(split):
+    """Up to four objects of `shapes`, larger and smaller ones, which may hide each other, on patchworks of 64 x 64 pixels:
+    2000 to train on, 500 to validate, drawn as `shapes` are. The masks are of what is seen, if that is at least 40 pixels."""
+    count, size = {"train": 2000, "val": 500}[split], 64
+    y, x = pixel_centres(size)
+    pixels, known = [], []
+    for index in torch.arange(count).split(50):
+        dice = Dice(("scenes", split), index, 100, 2)
+        sites = [(dice.between(0, size), dice.between(0, size)) for _ in range(5)]
+        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(5)]
+        image = patchwork(x, y, sites, colours, dice.shade())
+        owner = torch.zeros(len(index), size, size, dtype=torch.long)  # 0: the background
+        objects = dice.between(0, 5).long()
+        labels = torch.zeros(len(index), 5, dtype=torch.long)
+        for k in range(1, 5):
+            label = (1 + dice.between(0, 10)).long()
+            radius, angle = dice.between(8, 16), dice.between(0, 2 * math.pi)
+            cx, cy = (radius + (size - 2 * radius) * dice.between(0, 1) for _ in range(2))
+            looks = radius, angle, cx, cy, *dice.shades(label - 1)
+            labels[:, k] = label.flatten()
+            for c in range(10):
+                rows = ((label == c + 1) & (k <= objects)).flatten().nonzero()[:, 0]
+                image[rows], inside = paint(image[rows], x, y, c, *(value[rows] for value in looks))
+                owner[rows] = torch.where(inside[:, 0] > 0.5, k, owner[rows])
+        image = image + 0.1 * (uniform(("scenes", split, "noise"), index, 3, size, size) - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().byte())
+        for i, whose, of_object in zip(index.tolist(), owner, labels.tolist()):
+            seen = [in_cocos_words(whose == k, of_object[k]) for k in range(1, 5) if (whose == k).sum() >= 40]
+            known.append(dict(id=i, width=size, height=size, objects=seen))
+    return with_annotations(known, SHAPE_NAMES, pixels=torch.cat(pixels))
+
+
+def in_cocos_words(mask, label):
+    """An object of a mask [H, W] that is not empty."""
+    rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    top, left = rows[0].item(), columns[0].item()
+    bbox = [left, top, columns[-1].item() + 1 - left, rows[-1].item() + 1 - top]
+    return dict(label=label, bbox=bbox, area=mask.sum().item(), iscrowd=0, segmentation=dict(counts=run_lengths(mask)))
 
 
 # -------------------------------------------------------------------------------------------------------------- video
