@@ -205,7 +205,8 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """Transformer block, [N, L, D] → [N, L, D]: pre-norm as in MAE, or post-norm as in data2vec 2.0.
 
-    `drop` [N, 2] multiplies the two residual branches (drop path): 0, or 1 / probability of keeping.
+    `drop` [N, 2] multiplies the two residual branches (drop path): 0, or 1 / probability of keeping. `bias` [heads, L, L] is
+    added to the scores of attention.
     """
 
     def __init__(self, dim, heads, post_norm=False):
@@ -216,12 +217,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x, drop=None):
+    def forward(self, x, drop=None, bias=None):
         keep_attn, keep_mlp = residual_factors(x, drop)
         if self.post_norm:
-            x = self.norm1(x + keep_attn * self.attn(x))
+            x = self.norm1(x + keep_attn * self.attn(x, bias))
             return self.norm2(x + keep_mlp * self.mlp(x))
-        x = x + keep_attn * self.attn(self.norm1(x))
+        x = x + keep_attn * self.attn(self.norm1(x), bias)
         return x + keep_mlp * self.mlp(self.norm2(x))
 
 
@@ -242,20 +243,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, bias=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [N, heads, L, d]
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
-def attend(q, k, v):
-    """softmax(q kᵀ / √d) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused kernel
-    is the slower one, for as many samples at a time as have 4 MiB of scores (larger tensors cost page faults)."""
+def attend(q, k, v, bias=None):
+    """softmax(q kᵀ / √d + bias) v for [N, heads, L, d]: flash kernels on GPUs; written out on CPUs, where torch's fused
+    kernel is the slower one, for as many samples at a time as have 4 MiB of scores (larger tensors cost page faults)."""
+    if bias is not None:
+        bias = bias.to(q.dtype)
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, bias)
     few = max(1, 2**22 // (q.element_size() * q.shape[1] * q.shape[2] ** 2))
     parts = []
     for q, k, v in zip(q.split(few), k.split(few), v.split(few)):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        if bias is not None:
+            scores += bias
         parts.append(scores.softmax(-1) @ v)
     return torch.cat(parts)
 
@@ -279,8 +284,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
+    def maps(self, x, ids_keep=None, drop=None):
+        """[[N, D, rows, columns]], as of `ConvStem`."""
+        return [self.proj(x)]  # no patch sees another: removed ones need no care
+
     def forward(self, x, ids_keep=None, drop=None):
-        return self.proj(x).flatten(2).transpose(1, 2)  # no patch sees another: removed ones need no care
+        return self.maps(x)[-1].flatten(2).transpose(1, 2)
 
 
 class ConvStem(nn.Module):
@@ -310,18 +319,27 @@ class ConvStem(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.reset_parameters()
 
-    def forward(self, x, ids_keep=None, drop=None):
+    def maps(self, x, ids_keep=None, drop=None):
+        """What the two stages and the last layer give: [N, D/3, 4 · rows, 4 · columns], [N, D/2, 2 · rows, 2 · columns] and
+        [N, D, rows, columns]."""
         drops = iter([None] * 4 if drop is None else drop[:, :4].unbind(1))
         visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         if ids_keep is not None:
             visible = torch.zeros_like(visible).flatten(1).scatter(1, ids_keep, 1.0).view_as(visible)
+        maps = []
         for down, norm, blocks in zip(self.down, self.norms, (*self.stages, [])):
             x = down(hide_removed(x, visible)).permute(0, 2, 3, 1)  # [N, h, w, C]
             x = F.gelu(norm(x))
             for block in blocks:
                 x = block(x, visible, next(drops))
+            if len(maps) == 2:
+                x = self.fc(x)
             x = x.permute(0, 3, 1, 2)
-        return self.fc(x.flatten(2).transpose(1, 2))
+            maps.append(x)
+        return maps
+
+    def forward(self, x, ids_keep=None, drop=None):
+        return self.maps(x, ids_keep, drop)[-1].flatten(2).transpose(1, 2)
 
 
 class ConvBlock(nn.Module):
@@ -573,7 +591,7 @@ def mlp_head(*dims, last_norm, eps=1e-5):
 class BatchNorm(nn.Module):
     """BatchNorm1d over the samples of all ranks, on any device (torch's SyncBatchNorm refuses CPUs).
 
-    Input [N, D], or [H, N, D] with `shape=(H, D)` for H heads at once. Every rank must hold the same number of samples.
+    Input [N, D], or [H, N, D] with `shape=(H, D)` for H heads at once; ranks may hold different numbers of samples, or none.
     Each rank contributes its mean and its centred square sum, so nothing cancels; statistics are at least float32.
     Names, defaults and running statistics are BatchNorm1d's.
     """
@@ -597,14 +615,15 @@ class BatchNorm(nn.Module):
     def batch_statistics(self, x):
         """Mean and (biased) variance of the global batch, [(H,) D]; moves the running ones towards them."""
         n = x.shape[-2]
-        total = n * world()
-        mean = x.mean(-2)
+        mean = x.sum(-2) / max(n, 1)
         squares = (x - mean.unsqueeze(-2)).square().sum(-2)
-        means, squares = gather(torch.stack([mean, squares])[None]).unbind(1)  # each [world, (H,) D]
-        mean = means.mean(0)
-        var = (squares + n * (means - mean).square()).sum(0) / total
+        of_ranks = torch.stack([mean, squares, torch.full_like(mean, n)])
+        means, squares, counts = gather(of_ranks[None]).unbind(1)  # each [world, (H,) D]
+        total = counts.sum(0)
+        mean = (means * (counts / total)).sum(0)
+        var = (squares + counts * (means - mean).square()).sum(0) / total
         with torch.no_grad():
-            unbiased = var * (total / max(total - 1, 1))
+            unbiased = var * (total / (total - 1).clamp(min=1))
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 new = torch.where(new.isfinite(), new.to(running), running)  # a step that is skipped leaves no trace
                 running.lerp_(new, 0.1)

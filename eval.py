@@ -107,9 +107,9 @@ from common import (
     check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
     find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, mae_loss,
     need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, progress, promote, random_masking,
-    rank, read_json, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise, start_machine,
-    to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise, warmup_cosine, world,
-    write_atomic,
+    rank, read_json, resize_positions, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
+    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise,
+    warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -2099,6 +2099,111 @@ def run_transfer(
     for scores, average in zip(result.values(), average_rank(values)):
         scores["rank"] = average
     return result
+
+
+# ------------------------------------------------------------------------------------------- maps of an encoder
+
+
+class RelativeBias(nn.Module):
+    """What a block adds to its scores for the place of the key relative to the query (Swin, BEiT), on a grid of rows x columns:
+    () → [heads, L, L]. A number for each head and difference, 0 at the start."""
+
+    def __init__(self, heads, rows, columns):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(heads, 2 * rows - 1, 2 * columns - 1))
+        self.grid = rows, columns
+
+    def forward(self):
+        rows, columns = self.grid
+        of_keys = self.bias.unfold(1, rows, 1).unfold(2, columns, 1)  # [heads, h, w, h, w], queries from the last to the first
+        return of_keys.flip(1, 2).flatten(3).flatten(1, 2)
+
+
+class Backbone(nn.Module):
+    """An encoder's maps after some of its blocks, of images of any size.
+
+    Positions are interpolated to the grid. [CLS] is left out, as in ViTDet: windows have no place for it.
+
+    Args:
+        encoder: a ViT; blocks: numbers of the blocks from 1, in rising order.
+        window: side in patches of the windows within which all other blocks attend (14 in Li et al. 2021, arXiv 2111.11429);
+            0: all blocks attend to the whole grid. Zeros fill a grid up to whole windows; they are attended to, as in ViTDet.
+        grid: (rows, columns) of the images, where every block gets a `RelativeBias`; None: none does.
+    """
+
+    def __init__(self, encoder, blocks, window=0, grid=None):
+        super().__init__()
+        self.encoder, self.blocks, self.window = encoder, blocks, window
+        self.biases = nn.ModuleList()
+        for i in range(1, encoder.depth + 1 if grid else 1):
+            self.biases.append(RelativeBias(encoder.config["heads"], *self.attended(i, grid)))
+
+    def attended(self, i, grid):
+        """(rows, columns) of what block i attends to on a grid."""
+        return grid if i in self.blocks or not self.window else (self.window, self.window)
+
+    def forward(self, x, drop=None):
+        """Standardised images [n, 3, H, W] and drop-path factors (see ViT) → a map [n, D, h, w] of each of the blocks, and the
+        finer maps that the stem has: [n, D/3, 4h, 4w] and [n, D/2, 2h, 2w] if it is convolutional."""
+        encoder = self.encoder
+        *finer, x = encoder.patch_embed.maps(x, drop=drop)
+        grid = tuple(x.shape[2:])
+        tokens = x.movedim(1, -1).flatten(1, 2) + resize_positions(encoder.pos_embed, encoder.grid, grid)[:, 1:]
+        x = encoder.embed_norm(tokens).unflatten(1, grid)
+        maps = []
+        for i, block in enumerate(encoder.stack(), 1):
+            block_drop = None if drop is None else drop[:, i - 1 - encoder.depth]
+            bias = self.biases[i - 1]() if self.biases else None
+            x = in_windows(block, x, self.attended(i, grid), block_drop, bias)
+            if i in self.blocks:
+                maps.append(x.movedim(-1, 1))
+        return maps, finer
+
+
+def in_windows(block, x, window, drop=None, bias=None):
+    """A transformer block within windows of (rows, columns): x [n, h, w, D] → alike."""
+    n, h, w, _ = x.shape
+    rows, columns = window
+    x = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))
+    x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)  # [n, down, across, rows, columns, D]
+    windows = x.flatten(3, 4).flatten(0, 2)
+    if drop is not None:
+        drop = drop.repeat_interleave(len(windows) // n, 0)
+    x = block(windows, drop, bias).view_as(x).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
+
+
+class Pyramid(nn.Module):
+    """Four maps of an encoder, on grids 4 and 2 times as fine as that of its patches, as fine, and half as fine: of strides 4 to
+    32 for patches of 16 pixels.
+
+    From four blocks by transposed convolutions, identity and max-pooling (Li et al. 2021; mmsegmentation's BEiT and MAE); or all
+    from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the others
+    are of the last block.
+
+    Args:
+        backbone: a Backbone of four blocks; last: only the last one's map is used; norm: a norm of maps, given their channels.
+    """
+
+    def __init__(self, backbone, last=False, norm=partial(nn.GroupNorm, 32)):
+        super().__init__()
+        self.backbone, self.last = backbone, last
+        dim = backbone.encoder.dim
+        self.widths = [dim] * 4
+        self.scales = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Identity(), nn.MaxPool2d(2)])
+        if backbone.encoder.config["stem"] == "conv":
+            self.widths[:2] = [norm.normalized_shape[0] for norm in backbone.encoder.patch_embed.norms[:2]]
+            return
+        twice, again, to_second = (nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3))
+        self.scales[0] = nn.Sequential(twice, norm(dim), nn.GELU(), again)
+        self.scales[1] = to_second
+
+    def forward(self, x, drop=None):
+        """Standardised images [n, 3, H, W] → four maps [n, C, h, w] of C = `widths` channels; drop: see ViT."""
+        maps, finer = self.backbone(x, drop)
+        if self.last or finer:
+            maps = [*finer, *maps[-1:] * (4 - len(finer))]
+        return [scale(m) for scale, m in zip(self.scales, maps)]
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation

@@ -886,9 +886,7 @@ def test_weights_start_as_maes():
 # ------------------------------------------------------------------------------------------------- masked autoencoder
 
 
-@pytest.mark.parametrize(
-    "patches, ratio, kept", [(196, 0.75, 49), (196, 0.5, 98), (36, 0.75, 9), (10, 0.65, 3), (7, 0, 7)]
-)
+@pytest.mark.parametrize("patches, ratio, kept", [(196, 0.75, 49), (196, 0.5, 98), (36, 0.75, 9), (10, 0.65, 3), (7, 0, 7)])
 def test_random_masking_keeps_the_patches_of_least_noise(patches, ratio, kept):
     noise = uniform((0, "mask"), torch.arange(4), patches)
     ids_keep, ids_restore, mask = common.random_masking(noise, ratio)
@@ -1927,8 +1925,12 @@ ALGORITHM_1 = """--mae_views 2 --pool mean --frozen 1 --temperature 0.2 --projec
 
 @pytest.mark.parametrize(
     "stage, flags",
-    [("head", "--ct_mask_ratio 0.5"), ("ct", "--ct_mask_ratio 0.5 --aug"), ("ct", "--no_nn_lookup"),
-     ("ct", "--no_nn_lookup --stop_gradient")],
+    [
+        ("head", "--ct_mask_ratio 0.5"),
+        ("ct", "--ct_mask_ratio 0.5 --aug"),
+        ("ct", "--no_nn_lookup"),
+        ("ct", "--no_nn_lookup --stop_gradient"),
+    ],
 )
 def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
     flags = f"{ALGORITHM_1} --stages mae,{stage} {flags}"
@@ -4304,6 +4306,108 @@ def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
         assert found[str(file)]["dtd mean per class"] == pytest.approx(protocols.mean_per_class(logits, y))
 
 
+# ------------------------------------------------------------------------------------------------- maps of an encoder
+
+
+def randomized_backbone(window, grid=(3, 5), **changes):
+    return randomized(protocols.Backbone(vit(**changes).double(), [2, 3], window, grid))
+
+
+def looped_attention(attn, x, bias, side):
+    """Attention of x [L, D] on a grid `side` columns wide, score by score; bias [heads, …] by key minus query."""
+    q, k, v = (part.view(len(x), attn.heads, -1) for part in attn.qkv(x).chunk(3, -1))
+    rows, columns = ((length + 1) // 2 for length in bias.shape[1:])
+    out = torch.zeros_like(v)
+    for head, i in itertools.product(range(attn.heads), range(len(x))):
+        scores = []
+        for j in range(len(x)):
+            down, right = j // side - i // side, j % side - i % side
+            of_place = bias[head, rows - 1 + down, columns - 1 + right]
+            scores.append(q[i, head] @ k[j, head] / q.shape[-1] ** 0.5 + of_place)
+        out[i, head] = torch.stack(scores).softmax(0) @ v[:, head]
+    return attn.proj(out.flatten(1))
+
+
+def looped_block(block, x, bias, side, drop):
+    x = x + drop[0] * looped_attention(block.attn, block.norm1(x), bias, side)
+    return x + drop[1] * block.mlp(block.norm2(x))
+
+
+@torch.no_grad()
+def test_windows_and_relative_positions_are_those_of_a_loop():
+    backbone, x = randomized_backbone(window=2), normal(2, 3, 24, 40)  # 3 x 5 patches: windows reach over both edges
+    encoder, drop = backbone.encoder, 1 + normal(2, 3, 2)
+    maps, finer = backbone(x, drop)
+    assert finer == [] and [m.shape for m in maps] == [(2, 32, 3, 5)] * 2
+    for n in range(2):
+        tokens = encoder.patch_embed.proj(x[n : n + 1])[0].flatten(1).T
+        tokens = tokens + common.resize_positions(encoder.pos_embed, (4, 4), (3, 5))[0, 1:]
+        padded = F.pad(tokens.view(3, 5, 32), (0, 0, 0, 1, 0, 1))
+        bias = [module.bias for module in backbone.biases]
+        for top, left in itertools.product((0, 2), (0, 2, 4)):
+            window = padded[top : top + 2, left : left + 2].reshape(4, 32)
+            padded[top : top + 2, left : left + 2] = looped_block(encoder.blocks[0], window, bias[0], 2, drop[n, 0]).view(
+                2, 2, 32
+            )
+        tokens = padded[:3, :5].reshape(15, 32)
+        for i in (1, 2):
+            tokens = looped_block(encoder.blocks[i], tokens, bias[i], 5, drop[n, i])
+            assert error(maps[i - 1][n], tokens.T.view(32, 3, 5)) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_window_as_large_as_the_grid_is_attention_to_all_of_it(post_norm):
+    x = normal(2, 3, 32, 32)
+    windowed, whole = (randomized_backbone(window, (4, 4), post_norm=post_norm) for window in (4, 0))
+    assert windowed.attended(1, (9, 9)) == (4, 4) and whole.attended(1, (9, 9)) == (9, 9)
+    without_bias = protocols.Backbone(whole.encoder, [2, 3])
+    maps = [m.flatten(2).mT for m in without_bias(x)[0]]
+    tokens = whole.encoder.stack()[0](whole.encoder.embed(x)[:, 1:])
+    for block, found, *both in zip(whole.encoder.stack()[1:], maps, windowed(x)[0], whole(x)[0], strict=True):
+        tokens = block(tokens)
+        assert error(found, tokens) < 1e-12 and error(*both) < 1e-12
+
+
+@torch.no_grad()
+def test_a_convolutional_stem_hands_out_its_finer_maps():
+    backbone, x = randomized_backbone(0, stem="conv"), normal(1, 3, 24, 40)
+    stem, found = backbone.encoder.patch_embed, []
+    hooks = [stage[-1].register_forward_hook(lambda *call: found.append(call[2])) for stage in stem.stages]
+    tokens = stem(x)
+    for hook in hooks:
+        hook.remove()
+    *finer, last = stem.maps(x)
+    assert torch.equal(last.flatten(2).mT, tokens) and [m.shape[2:] for m in finer] == [(12, 20), (6, 10)]
+    pyramid = protocols.Pyramid(backbone)
+    maps = pyramid(x)
+    assert [m.shape[1] for m in maps] == pyramid.widths == [8, 16, 32, 32]
+    expected = [m.permute(0, 3, 1, 2) for m in found] + [backbone(x)[0][-1], F.max_pool2d(backbone(x)[0][-1], 2)]
+    for a, b in zip(maps, expected, strict=True):
+        assert error(a, b) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [False, True])
+def test_a_pyramid_is_of_four_blocks_or_of_the_last(last):
+    backbone = protocols.Backbone(vit(depth=4), [1, 2, 3, 4])
+    pyramid, x = randomized(protocols.Pyramid(backbone, last)), normal(2, 3, 32, 48)
+    finest, fine, same, coarse = pyramid(x)
+    maps = backbone(x)[0]
+    maps = maps[-1:] * 4 if last else maps
+    first, norm, _, second = pyramid.scales[0]
+    halved = F.gelu(F.group_norm(doubled(first, maps[0]), 32, norm.weight, norm.bias))
+    for found, expected in [(finest, doubled(second, halved)), (fine, doubled(pyramid.scales[1], maps[1])), (same, maps[2])]:
+        assert error(found, expected) < 1e-10
+    assert torch.equal(coarse, maps[3].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5)))
+
+
+def doubled(layer, x):
+    """A transposed convolution with stride 2 and kernel 2, written as a product for each of a pixel's four quarters."""
+    out = torch.einsum("nchw,coij->nohiwj", x, layer.weight).flatten(4, 5).flatten(2, 3)
+    return out + layer.bias[:, None, None]
+
+
 # ------------------------------------------------------------------------------------------------------- segmentation
 
 
@@ -5794,7 +5898,10 @@ def public_files():
         "MAE": (pre_norm, dict(model=state)),
         "MAE with decoder": (pre_norm, dict(model=state | decoder, args=namespace, epoch=800)),
         "timm": (pre_norm, state | {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)}),
-        "MAE-CT": (fixed, dict(state_dict=fixed.state_dict() | dict(pos_embed=fixed.pos_embed[:, 1:]), ctor_kwargs=dict(dim=8))),
+        "MAE-CT": (
+            fixed,
+            dict(state_dict=fixed.state_dict() | dict(pos_embed=fixed.pos_embed[:, 1:]), ctor_kwargs=dict(dim=8)),
+        ),
         "data2vec 2.0": (post_norm, dict(model=fairseq)),
         "data2vec 2.0, tuned": (post_norm, dict(model={f"model.{key}": value for key, value in fairseq.items()})),
     }
