@@ -2589,6 +2589,101 @@ def in_cocos_words(mask, label):
     return dict(label=label, bbox=bbox, area=mask.sum().item(), iscrowd=0, segmentation=dict(counts=run_lengths(mask)))
 
 
+# COCO's average precision: an overlap of 0.5, 0.55 … 0.95 is asked for, precision is read at recalls of 0, 0.01 … 1, and
+# objects are all, small, medium or large, by their area in pixels.
+OVERLAPS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
+
+
+def compare(found, truth, kind):
+    """What `average_precision` needs to know of one image, a few small arrays.
+
+    Args:
+        found: {"scores" [D], "labels" [D], and "boxes" [D, 4] or "masks" [D, H, W] bool}; truth: see `Objects.target`;
+        kind: "boxes" or "masks", which are compared.
+    """
+    a, b = (side[kind].cpu().double().flatten(1).numpy() for side in (found, truth))
+    if kind == "masks":
+        inside, area, of_truth = a @ b.T, a.sum(1), b.sum(1)
+    else:
+        low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+        inside = (high - low).clip(0).prod(-1)
+        area, of_truth = ((side[:, 2:] - side[:, :2]).prod(1) for side in (a, b))
+    crowd = truth["crowd"].numpy()
+    union = area[:, None] + np.where(crowd, 0, of_truth - inside)  # a crowd may be overlapped in part
+    scores, labels = (found[name].cpu().numpy() for name in ("scores", "labels"))
+    of_truth = dict(crowd=crowd, true_area=truth["area"].numpy(), true_labels=truth["labels"].numpy())
+    iou = inside / np.where(inside > 0, union, 1)
+    return dict(image_id=truth["image_id"], scores=scores, labels=labels, area=area, iou=iou) | of_truth
+
+
+def match(iou, crowd, ignored):
+    """COCO's matching in one image and class: detections, the surest first, take the free object that they overlap most (of
+    equals the last), one that counts before one that does not; a crowd is always free.
+
+    Args:
+        iou [D, G], crowd [G]; ignored [4, G]: objects that do not count, by AREAS.
+    Returns:
+        Of each detection, whether it has an object and whether that is ignored, both [4, 10, D], by AREAS and OVERLAPS.
+    """
+    objects = np.zeros((len(iou), len(AREAS), len(OVERLAPS), len(crowd)), bool)  # that detections have
+    for d, overlap in enumerate(iou):
+        free = (crowd | ~objects[:d].any(0)) & (overlap >= OVERLAPS[:, None])
+        counting = free & ~ignored[:, None]
+        free = np.where(counting.any(-1, keepdims=True), counting, free)
+        most = free & (overlap == np.where(free, overlap, -1).max(-1, initial=-1, keepdims=True))
+        objects[d] = most & (most[..., ::-1].cumsum(-1)[..., ::-1] == 1)
+    return np.moveaxis(objects.any(-1), 0, -1), np.moveaxis((objects & ignored[:, None]).any(-1), 0, -1)
+
+
+def beyond(area):
+    """Whether objects of an area [n] are no part of each of AREAS: [4, n]."""
+    return (area < AREAS[:, :1]) | (area > AREAS[:, 1:])
+
+
+def precision_table(images, label):
+    """Precision of a class at each of AREAS, OVERLAPS and RECALLS, [4, 10, 101]: the best from that recall on; nan for an area
+    without objects. images: of `compare`, in the order of their numbers."""
+    parts, wanted = [], 0
+    for image in images:
+        rows = np.flatnonzero(image["labels"] == label)
+        rows = rows[np.argsort(-image["scores"][rows], kind="stable")][:100]
+        columns = np.flatnonzero(image["true_labels"] == label)
+        if len(rows) + len(columns) == 0:
+            continue
+        ignored = image["crowd"][columns] | beyond(image["true_area"][columns])
+        hit, unasked = match(image["iou"][np.ix_(rows, columns)], image["crowd"][columns], ignored)
+        unasked = unasked | ~hit & beyond(image["area"][rows])[:, None]
+        parts.append((image["scores"][rows], hit, unasked))
+        wanted = wanted + (~ignored).sum(1)
+    scores, hit, unasked = (np.concatenate(column, -1) for column in zip(*parts))
+    order = np.argsort(-scores, kind="stable")
+    hit, counts = hit[..., order], ~unasked[..., order]
+    right, wrong = (hit & counts).cumsum(-1), (~hit & counts).cumsum(-1)
+    with np.errstate(invalid="ignore"):
+        recall = right / wanted[:, None, None]
+    precision = np.maximum.accumulate((right / (right + wrong + np.spacing(1)))[..., ::-1], -1)[..., ::-1]
+    precision = np.append(precision, np.zeros((*precision.shape[:2], 1)), -1)  # of recalls that are not reached
+    table = np.full((*precision.shape[:2], len(RECALLS)), np.nan)
+    for a in np.flatnonzero(wanted):
+        for t in range(len(OVERLAPS)):
+            table[a, t] = precision[a, t, np.searchsorted(recall[a, t], RECALLS)]
+    return table
+
+
+def average_precision(images):
+    """COCO's average precision, in percent, of images seen by `compare`, of at most 100 detections an image and class; nan
+    where there are no objects."""
+    images = sorted(images, key=lambda image: image["image_id"])
+    labels = np.unique(np.concatenate([image["true_labels"] for image in images]))
+    table = np.array([precision_table(images, label) for label in labels]).reshape(-1, 4, 10, 101)
+    of_all, small, medium, large = table.swapaxes(0, 1)
+    parts = dict(AP=of_all, AP50=of_all[:, 0], AP75=of_all[:, 5], small=small, medium=medium, large=large)
+    kept = {name: part[np.isfinite(part)] for name, part in parts.items()}
+    return {name: 100 * float(part.mean()) if len(part) else math.nan for name, part in kept.items()}
+
+
 # -------------------------------------------------------------------------------------------------------------- video
 
 # How a 2-D ViT sees a clip, how clips are drawn and what regularises the fine-tuning, ViC-MAE does not say: all of it is
