@@ -1755,7 +1755,8 @@ def decode(images, order, cut, machine):
             if name not in machine.unreadable:
                 print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
             machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
-        yield [v.to(device, non_blocking=True) for v in views], index.to(device, non_blocking=True)
+        views = [v if isinstance(v, list) else v.to(device, non_blocking=True) for v in views]
+        yield views, index.to(device, non_blocking=True)
 
 
 def watched(loader):
@@ -1791,12 +1792,14 @@ class Decoded(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """Samples of `Decoded` as a batch; without views where one of them found none."""
+    """Samples of `Decoded` as a batch, lists of what is no tensor (targets of objects); without views where one of them found
+    none."""
     views, index, bad = zip(*items)
     bad = list(itertools.chain(*bad))
     if None in views:  # a worker's exception would arrive with its traceback as the message
         return None, None, bad
-    return [torch.stack(v) for v in zip(*views)], torch.tensor(index), bad
+    columns = [torch.stack(v) if isinstance(v[0], torch.Tensor) else list(v) for v in zip(*views)]
+    return columns, torch.tensor(index), bad
 
 
 def start_worker(_):
@@ -2707,23 +2710,28 @@ def progress(items, total, what):
 
 
 def measured_batches(training, images, views):
-    """The steps of --cost: five batches of random pixels. Multiply-adds are counted in the first, the last three are timed;
-    what they cost becomes the stage's row of results.json."""
-    run, device = training.run, training.run.machine.device
-    n = training.batch // world()
+    """The steps of --cost on random pixels."""
+    n, device = training.batch // world(), training.run.machine.device
     noise = [torch.randint(256, (n, 3, v.size, v.size), dtype=torch.uint8) for v in views]
     rows = torch.arange(n) + rank() * n
     labels = images.labels[rows].to(device)
+    return measured(training, lambda: Batch([x.to(device, copy=True) for x in noise], rows.to(device), labels, rows, 0))
+
+
+def measured(training, draw):
+    """The steps of --cost: five times what `draw` gives. Multiply-adds are counted in the first, the last three are timed;
+    what they cost becomes the stage's row of results.json."""
+    run, device = training.run, training.run.machine.device
+    n = training.batch // world()
     reset_peak_memory(device)
     for step in range(5):
         if step == 2:
             begin = synchronized_clock(device)
-        data = Batch([x.to(device, copy=True) for x in noise], rows.to(device), labels, rows, 0)
         if step > 0:
-            yield data
+            yield draw()
             continue
         with FlopCounterMode(display=False) as counter:
-            yield data
+            yield draw()
         multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
     seconds = (synchronized_clock(device) - begin) / 3
     groups = training.state["optimizer"].param_groups

@@ -7,8 +7,8 @@
 
 Encoders are files written here or public ones (common.read_encoder). Every protocol prints a table and writes it, with its
 settings, as PROTOCOL.json beside encoder.pt, or as mae_PROTOCOL.json beside mae.pt. Those that train for long (probe,
-finetune, segment, video) keep checkpoints in the folder PROTOCOL.run until then: what was stopped goes on with --resume.
-What a protocol's text leaves open stands in its function's docstring.
+finetune, segment, detect, video) keep checkpoints in the folder PROTOCOL.run until then: what was stopped goes on with
+--resume. What a protocol's text leaves open stands in its function's docstring.
 
 Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a published list of images or of classes.
 
@@ -60,12 +60,14 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     retrieve --classes LIST                             MAE-CT Figures 5, 10
     embed --classes LIST                                MAE-CT Figures 1, 4, 8; MIM-Refiner Figure 5
     segment                                             MIM-Refiner Table 4, ADE20K
+    segment --head upernet                              CMAE Table 3a; CMAE*: --layer_decay 0.75 --drop_path 0.2
+    detect                                              CMAE Table 3b
     blocks                                              MIM-Refiner Figures 3d, 6
     invariance                                          MAE-CT Table 6
     colorhist                                           MAE-CT Figure 3
     stats                                               MIM-Refiner Table 14
 
-Not here: CMAE Table 3 (UperNet, Mask R-CNN); CAN Figure 9's PyramidAT, another method; costs: --cost of a paper's file.
+Not here: CAN Figure 9's PyramidAT, another method; costs: --cost of a paper's file.
 """
 
 import argparse
@@ -88,6 +90,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment, minimize
@@ -96,9 +99,19 @@ from scipy.stats import entropy, rankdata
 from scipy.stats.contingency import crosstab
 from torch import nn
 from torch.linalg import matrix_norm
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN, roi_heads
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomErasing
 from torchvision.transforms.v2 import functional as v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import (
     BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS,
@@ -106,10 +119,10 @@ from common import (
     Whole, adamw, add_flag, augment, autocast, backward, batches, build_vit, check_batch, check_settings,
     check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
     find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, mae_loss,
-    need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, progress, promote, random_masking,
-    rank, read_json, resize_positions, save_encoder, save_picture, set_lr, shuffled, split_folder, standardise,
-    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unstandardise,
-    warmup_cosine, world, write_atomic,
+    measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table, progress,
+    promote, random_masking, rank, read_json, resize_positions, save_encoder, save_file, save_picture, set_lr,
+    shuffled, split_folder, standardise, start_machine, to_bytes, to_json, to_uint8, torchvision_dataset,
+    understanding, uniform, unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -2174,11 +2187,11 @@ def in_windows(block, x, window, drop=None, bias=None):
 
 
 class Pyramid(nn.Module):
-    """Four maps of an encoder, on grids 4 and 2 times as fine as that of its patches, as fine, and half as fine: of strides 4 to
-    32 for patches of 16 pixels.
+    """Four maps of an encoder, on grids 4 and 2 times as fine as that of its patches, as fine, and half as fine: of strides 4
+    to 32 for patches of 16 pixels.
 
-    From four blocks by transposed convolutions, identity and max-pooling (Li et al. 2021; mmsegmentation's BEiT and MAE); or all
-    from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the others
+    From four blocks by transposed convolutions, identity and max-pooling (Li et al. 2021; mmsegmentation's BEiT and MAE); or
+    all from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the others
     are of the last block.
 
     Args:
@@ -2194,9 +2207,11 @@ class Pyramid(nn.Module):
         if backbone.encoder.config["stem"] == "conv":
             self.widths[:2] = [norm.normalized_shape[0] for norm in backbone.encoder.patch_embed.norms[:2]]
             return
-        twice, again, to_second = (nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3))
-        self.scales[0] = nn.Sequential(twice, norm(dim), nn.GELU(), again)
-        self.scales[1] = to_second
+        half, quarter = (dim // 2, dim // 4) if last else (dim, dim)
+        self.widths[:2] = [quarter, half]
+        twice, again = nn.ConvTranspose2d(dim, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
+        self.scales[0] = nn.Sequential(twice, norm(half), nn.GELU(), again)
+        self.scales[1] = nn.ConvTranspose2d(dim, half, 2, 2)
 
     def forward(self, x, drop=None):
         """Standardised images [n, 3, H, W] → four maps [n, C, h, w] of C = `widths` channels; drop: see ViT."""
@@ -2684,6 +2699,333 @@ def average_precision(images):
     return {name: 100 * float(part.mean()) if len(part) else math.nan for name, part in kept.items()}
 
 
+# ----------------------------------------------------------------------------------------------------------- detection
+
+
+class MapNorm(BatchNorm):
+    """BatchNorm2d over all ranks: [n, C, h, w] → alike, at least float32; n may differ between ranks."""
+
+    def forward(self, x):
+        rows = x.movedim(1, -1)
+        return super().forward(rows.flatten(0, -2)).view(rows.shape).movedim(-1, 1)
+
+
+class SimpleNeck(FeaturePyramidNetwork):
+    """Its layers without the way from coarse to fine maps (ViTDet)."""
+
+    def forward(self, x):
+        maps = [layer(inner(m)) for inner, layer, m in zip(self.inner_blocks, self.layer_blocks, x.values())]
+        maps, names = self.extra_blocks(maps, maps, list(x))
+        return dict(zip(names, maps))
+
+
+def at_least_float32(module, inputs, outputs):
+    """A forward hook: what boxes and losses are computed from."""
+    return tuple([promote(m) for m in part] if isinstance(part, list) else promote(part) for part in outputs)
+
+
+def sample(count, share, key, rows, labels):
+    """Which anchors or proposals of each image are trained on: `count`, of which at most a `share` are objects. torchvision's
+    BalancedPositiveNegativeSampler, with draws that depend on the key and the image's row alone.
+
+    labels: of each image [A], from 1 for objects, 0 for the background, −1 for neither. Returns masks [A] of the objects and
+    of the background, a list of each.
+    """
+    objects, others = [], []
+    for one, row in zip(labels, rows.split(1)):
+        order = uniform(key, row, len(one), device=one.device)[0].argsort(stable=True)
+        chosen = order[one[order] > 0][: int(count * share)]
+        rest = order[one[order] == 0][: count - len(chosen)]
+        for masks, index in ((objects, chosen), (others, rest)):
+            masks.append(torch.zeros_like(one, dtype=torch.uint8).index_fill(0, index, 1))
+    return objects, others
+
+
+class Detector(MaskRCNN):
+    """Mask R-CNN (He et al. 2017) on a Pyramid, as Li et al. 2021 (arXiv 2111.11429) build it: FPN; a region proposal network
+    with two convolutions; four convolutions and a linear layer for boxes, four for masks; BatchNorm over all ranks in all but
+    the proposals. With the last block's pyramid it is ViTDet's: LayerNorm, no FPN, but no decomposed relative positions.
+
+    torchvision's parts, which differ from theirs: smooth L1 (β = 1/9) for boxes, RoIAlign without its shift of half a pixel.
+
+    Args:
+        encoder: a ViT whose patch size is a power of two; classes: their number; size: side of the images.
+        pyramid: of "four" evenly spaced blocks, or of the "last"; window, relative: of `Backbone`, other blocks' windows, and
+            whether there is a bias; width: of the maps and convolutions; rois: proposals an image that are trained on.
+    """
+
+    def __init__(self, encoder, classes, size, pyramid="four", window=14, relative=True, width=256, rois=512):
+        patch, depth, grid = encoder.patch_size, encoder.depth, (size // encoder.patch_size,) * 2
+        backbone = Backbone(encoder, [depth * i // 4 for i in (1, 2, 3, 4)], window, grid if relative else None)
+        neck, norm, pyramid_norm = FeaturePyramidNetwork, MapNorm, partial(nn.GroupNorm, 32)
+        if pyramid == "last":
+            neck, norm, pyramid_norm = SimpleNeck, LayerNorm2d, LayerNorm2d
+        maps = Pyramid(backbone, pyramid == "last", pyramid_norm)
+        neck = neck(maps.widths, width, LastLevelMaxPool(), norm)
+        neck.out_channels = width
+        pool = partial(MultiScaleRoIAlign, "0123", canonical_scale=14 * patch, canonical_level=round(math.log2(patch)))
+        super().__init__(
+            neck,
+            rpn_anchor_generator=AnchorGenerator([[side * patch] for side in (2, 4, 8, 16, 32)], [[0.5, 1.0, 2.0]] * 5),
+            rpn_head=RPNHead(width, 3, conv_depth=2),
+            rpn_pre_nms_top_n_train=4 * rois,
+            rpn_pre_nms_top_n_test=2 * rois,
+            rpn_post_nms_top_n_train=2 * rois,
+            rpn_post_nms_top_n_test=2 * rois,
+            box_roi_pool=pool(output_size=7, sampling_ratio=0),
+            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm),
+            box_predictor=FastRCNNPredictor(1024, classes + 1),
+            mask_roi_pool=pool(output_size=14, sampling_ratio=0),
+            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
+        )
+        self.pyramid, self.size, self.rois = maps, (size, size), rois
+        for part in (self.rpn.head, self.roi_heads.box_predictor):
+            part.register_forward_hook(at_least_float32)
+
+    def neck(self, maps):
+        """The pyramid's maps → {name: map [n, width, h, w]}, a fifth one half as fine as the fourth."""
+        return self.backbone(dict(zip("0123", maps)))
+
+    def propose(self, levels, targets=None):
+        """torchvision's proposals [P, 4] of each image of `neck`, and with targets its losses."""
+        n = len(levels["0"])
+        images = ImageList(torch.empty(n, 3, *self.size, device="meta"), [self.size] * n)
+        return self.rpn(images, levels, targets)
+
+    def losses(self, maps, targets, key, rows):
+        """Of each image {"rpn", "boxes", "masks"}: [n], each divided by what is trained on in this image (torchvision divides
+        by that of all images).
+
+        Args:
+            maps: of the pyramid; targets: of each image {boxes [m, 4], labels [m], masks [m, S, S]}; key, rows [n]: of draws.
+        """
+        levels, heads = self.neck(maps), self.roi_heads
+        proposals, rpn = [], []
+        for i, (target, row) in enumerate(zip(targets, rows.split(1))):
+            self.rpn.fg_bg_sampler = partial(sample, 256, 0.5, (*key, "anchors"), row)
+            boxes, losses = self.propose({name: m[i : i + 1] for name, m in levels.items()}, [target])
+            proposals += boxes
+            rpn.append(sum(losses.values()))
+        heads.fg_bg_sampler = partial(sample, self.rois, 0.25, (*key, "proposals"), rows)
+        proposals, matched, labels, shifts = heads.select_training_samples(proposals, targets)
+        sizes = [self.size] * len(proposals)
+        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(levels, proposals, sizes)))
+        logits, moves = (part.split([len(p) for p in proposals]) for part in found)
+        boxes = [sum(roi_heads.fastrcnn_loss(a, b, [c], [d])) for a, b, c, d in zip(logits, moves, labels, shifts)]
+
+        of_objects = [label > 0 for label in labels]
+        proposals = [boxes_of[chosen] for boxes_of, chosen in zip(proposals, of_objects)]
+        matched = [index[chosen] for index, chosen in zip(matched, of_objects)]
+        found = promote(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, proposals, sizes))))
+        masks = []
+        for one, boxes_of, index, target in zip(found.split([len(p) for p in proposals]), proposals, matched, targets):
+            masks.append(roi_heads.maskrcnn_loss(one, [boxes_of], [target["masks"]], [target["labels"]], [index]))
+        return {"rpn": torch.stack(rpn), "boxes": torch.stack(boxes), "masks": torch.stack(masks)}
+
+    @torch.no_grad()
+    def detect(self, x, sizes):
+        """Objects of standardised images x [n, 3, S, S]: of each {boxes [m, 4], labels [m], scores [m], masks [m, H, W]}, in
+        the pixels of the original images; sizes: their (H, W), of which the longer side filled S."""
+        levels = self.neck(self.pyramid(x))
+        proposals, _ = self.propose(levels)
+        found, _ = self.roi_heads(levels, proposals, [self.size] * len(x))
+        for one, (height, width) in zip(found, sizes):
+            limits = torch.tensor([width, height] * 2, device=x.device)
+            one["boxes"] = (one["boxes"] * max(height, width) / self.size[0]).clamp(min=0).minimum(limits)
+            one["masks"] = roi_heads.paste_masks_in_image(one["masks"].float(), one["boxes"], (height, width))[:, 0] > 0.5
+        return found
+
+
+@dataclass
+class ObjectCrop:
+    """Cuts an image, uint8 [3, size, size], and its objects; in training by large-scale jitter (Ghiasi et al. 2021): the longer
+    side becomes `scales` of the size, of what is larger a random part is kept; flips. Crowds are left out, boxes are those of
+    the masks that are left. With `seed` None the longer side becomes the size, and objects are the original's.
+
+    What is smaller stands in the upper left corner, on gray.
+    """
+
+    size: int
+    scales: tuple = (0.1, 2.0)
+    seed: int = None
+
+    def __call__(self, images, epoch, index):
+        image, target = images.open(index), images.target(index)
+        scale, places, flip = 1.0, (0.0, 0.0), False
+        if self.seed is not None:
+            dice = random.Random(repr((self.seed, epoch, index)))
+            scale = dice.uniform(*self.scales)
+            places, flip = (dice.random(), dice.random()), dice.random() < 0.5
+        ratio = scale * self.size / max(image.size)
+        (left, right, column), (top, bottom, row) = (self.span(*side, ratio) for side in zip(image.size, places))
+        part = image.resize((len(column), len(row)), Image.Resampling.BILINEAR, (left, top, right, bottom))
+        picture = Image.new("RGB", (self.size, self.size), tuple(map(round, FILL)))
+        picture.paste(part)
+        x = to_uint8(picture)
+        if self.seed is None:
+            return [x, target]
+        masks = target["masks"][~target["crowd"]][:, row][:, :, column]
+        masks = F.pad(masks, (0, self.size - len(column), 0, self.size - len(row)))
+        if flip:
+            x, masks = x.flip(-1), masks.flip(-1)
+        seen = masks.flatten(1).any(1)
+        masks, labels = masks[seen], target["labels"][~target["crowd"]][seen]
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # to the far edges of the last pixels
+        return [x, dict(boxes=boxes, labels=labels, masks=masks)]
+
+    def span(self, side, place, ratio):
+        """What is kept of a side in pixels: where it begins and ends, and the nearest pixel of each that it becomes."""
+        scaled = max(1, round(side * ratio))
+        count = min(scaled, self.size)
+        start = int(place * (scaled - count + 1))
+        pixels = (start + torch.arange(count) + 0.5) * side / scaled
+        return start * side / scaled, (start + count) * side / scaled, pixels.long()
+
+
+def searched(detector, images, order, machine):
+    """Yields (indices, what a Detector finds, the objects) for each (0, indices) of `order`, the latter two of each image."""
+    detector.eval()
+    for (x, truths), index in decode(images, order, ObjectCrop(detector.size[0]), machine):
+        sizes = [tuple(truth["masks"].shape[1:]) for truth in truths]
+        with autocast(machine.device, machine.precision):
+            yield index, detector.detect(augment(x), sizes), truths
+
+
+def detection_scores(detector, val, machine, batch=8):
+    """COCO's average precision of boxes and of masks, {"boxes": {"AP": in percent, …}, "masks": likewise}."""
+    order = [(0, part) for part in torch.arange(rank(), len(val), world()).split(batch)]
+    compared = {"boxes": [], "masks": []}
+    for _, found, truths in progress(searched(detector, val, order, machine), len(order), "batches of images searched"):
+        for kind, rows in compared.items():
+            rows += [compare(one, truth, kind) for one, truth in zip(found, truths)]
+    scores = {}
+    for kind, rows in compared.items():
+        of_ranks = [rows] * world()
+        if world() > 1:
+            dist.all_gather_object(of_ranks, rows)
+        scores[kind] = average_precision(sum(of_ranks, []))
+    return scores
+
+
+# Mask R-CNN in CMAE's Table 3b, after Li et al. 2021; lr 1e-4 at batch 64, a quarter of an epoch warm-up. ViTDet, with the
+# last block's pyramid: --layer_decay 0.7.
+MASK_RCNN = CROP_FLIP | dict(epochs=100, warmup=0.0025, batch=64, lr=4e-4, weight_decay=0.1, layer_decay=1.0, drop_path=0.1)
+
+
+def detect(encoder, train, val, run, s, size=1024, scales=(0.1, 2.0), **kind):
+    """Mask R-CNN, whose encoder is tuned with it (CMAE 4.3, Table 3b): AdamW with betas 0.9 and 0.999, cosine to 0.
+
+    Args:
+        encoder: a ViT, of which a copy is tuned; train, val: Objects; run: a Run, which keeps checkpoints if it has a folder;
+        s: FineTuning; size: side of the images; scales: of `ObjectCrop`; kind: what else `Detector` takes.
+    Returns:
+        the Detector after the last epoch.
+    """
+    machine = run.machine
+    encoder = trainable_copy(encoder, s)
+    torch.manual_seed(s.seed)
+    detector = Detector(encoder, len(train.classes), size, **kind).to(machine.device)
+    pyramid = detector.pyramid
+    new = nn.ModuleList([pyramid.backbone.biases, pyramid.scales, detector.backbone, detector.rpn, detector.roi_heads])
+    peak = s.lr * s.batch / 256
+    groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
+    optimizer = adamw(groups, betas=(0.9, 0.999))
+    training = Training(run, "detect", dict(detector=detector, optimizer=optimizer), len(train), s.batch, s.epochs)
+    rows = part_of_rank(torch.arange(s.batch))
+
+    def stream():
+        order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
+        for (x, targets), _ in decode(train, order, ObjectCrop(size, scales, s.seed), machine):
+            yield augment(x), [{name: v.to(machine.device) for name, v in target.items()} for target in targets]
+
+    def encode(x, drop):
+        return tuple(pyramid(x, drop)), None
+
+    def objective(targets, *maps):
+        losses = detector.losses(maps, targets, (s.seed, training.step), rows)
+        means = {name: loss.mean() for name, loss in losses.items()}
+        return sum(means.values()), {name: loss.detach() for name, loss in means.items()}
+
+    data = measured(training, partial(tuple, next(stream()))) if run.settings.cost else stream()
+    for x, targets in training.steps(data):
+        drop = None
+        if s.drop_path:
+            noise = uniform((s.seed, training.step, "drop"), rows, encoder.depth, 2, device=x.device)
+            drop = drop_path(s.drop_path, noise)
+        # in one piece: objective(targets, *encode(x, drop)[0])[0].backward()
+        loss, parts = backward(encode, partial(objective, targets), (x, drop), s.micro_batch, machine.precision)
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
+        _, means = training.take_step(optimizer, loss, **parts)
+        training.log(means)
+        training.save_if_due()
+    return detector
+
+
+def drawn(image, objects):
+    """An image, uint8 [3, H, W], with the masks and boxes of its objects in VOC's colours of their classes."""
+    labels = objects["labels"].cpu()
+    if len(labels) == 0:
+        return image
+    colours = [tuple(colour) for colour in map_colours(labels[None, None])[0, :, 0].T.tolist()]
+    image = draw_segmentation_masks(image, objects["masks"].cpu(), alpha=0.5, colors=colours)
+    return draw_bounding_boxes(image, objects["boxes"].cpu(), colors=colours)
+
+
+def draw_objects(path, detector, val, machine):
+    """A picture of the first validation images, their objects, and those of which a Detector is at least half sure."""
+    rows = {"images": [], "objects": [], "detected": []}
+    order = [(0, torch.arange(min(8, len(val))))]
+    for index, found, truths in searched(detector, val, order, machine):
+        for i, one, truth in zip(index.tolist(), found, truths):
+            image, sure = to_uint8(val.open(i)), one["scores"] >= 0.5
+            shown = image, drawn(image, truth), drawn(image, {name: v[sure] for name, v in one.items()})
+            for row, picture in zip(rows.values(), shown):
+                row.append(picture)
+    draw_rows(path, [(caption, images, None) for caption, images in rows.items()], side=128)
+
+
+def run_detect(
+    job,
+    *,
+    pyramid: Literal["four", "last"] = "four",  # maps of four blocks, or all of the last (ViTDet; --layer_decay 0.7)
+    window: Whole | None = None,  # side of the windows in patches, 0: none; default 14, on the built-in images 0
+    relative: bool = True,  # relative position bias
+    width: Count | None = None,  # of the detector's maps; default 256, on the built-in images 64
+    rois: Count | None = None,  # proposals an image that are trained on; default 512, on the built-in images 32
+    cost: bool = False,  # train nothing: print what a step costs
+    **given,
+):
+    """Object detection and instance segmentation by Mask R-CNN, tuned with the encoder (CMAE 4.3, Table 3b), on COCO or on
+    scenes of built-in shapes. --image_size is 1024 by default, 64 for the scenes. Writes detector.pt and draws the first
+    validation images."""
+    train, val = load_objects(job.data, "train"), load_objects(job.data, "val")
+    patch = job.encoder.patch_size
+    size, scales, changes = 1024, (0.1, 2.0), MASK_RCNN
+    kind = dict(pyramid=pyramid, window=14, relative=relative, width=256, rois=512)
+    if job.data == "shapes":  # chosen on an untrained encoder
+        size, scales, changes = 64, (0.8, 1.25), MASK_RCNN | dict(epochs=2, warmup=0.1, batch=8, lr=1.6e-2)
+        kind |= dict(window=0, width=64, rois=32)
+    kind |= {name: value for name, value in dict(window=window, width=width, rois=rois).items() if value is not None}
+    size = job.image_size or size
+    s = given_settings(given, train, job.data, "mae", job.encoder, **changes)
+    need(patch & (patch - 1) == 0, f"the encoder's patches have {patch} pixels: torchvision's detectors need a power of two")
+    need(size % patch == 0, f"--image_size {size} is not divisible by the patch size {patch}")
+    need(job.encoder.depth >= 4, f"the encoder has {job.encoder.depth} blocks, expected at least the 4 whose maps are used")
+    settings = dict(image_size=size) | kind | dataclasses.asdict(s)
+    if cost:
+        run = Run(job.machine, RunSettings(cost=True))
+        detect(job.encoder, train, val, run, s, size, scales, **kind)
+        print_table(run.results)
+        raise SystemExit(0)
+    detector = detect(job.encoder, train, val, job.open_run(settings, s.clip_grad), s, size, scales, **kind)
+    result = detection_scores(detector, val, job.machine)
+    if rank() == 0:
+        save_file(job.file("detector.pt"), dict(detector=detector.state_dict(), classes=val.classes, settings=settings))
+        draw_objects(job.file("detect.png"), detector, val, job.machine)
+    return result | dict(settings=settings)
+
+
 # -------------------------------------------------------------------------------------------------------------- video
 
 # How a 2-D ViT sees a clip, how clips are drawn and what regularises the fine-tuning, ViC-MAE does not say: all of it is
@@ -2904,7 +3246,7 @@ def evaluate(encoder, train, val, machine, normalization="standardize"):
 
 PROTOCOLS = [
     run_knn, run_probe, run_lowshot, run_cluster, run_finetune, run_retrieve, run_embed, run_blocks, run_invariance,
-    run_colorhist, run_stats, run_segment, run_robust, run_transfer, run_video,
+    run_colorhist, run_stats, run_segment, run_detect, run_robust, run_transfer, run_video,
 ]  # fmt: skip
 OF_IMAGES = ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing")  # in FineTuning
 
@@ -2921,7 +3263,7 @@ def start_job(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",  # auto: bfloat16 where the hardware has units for it
     workers: FromMinusOne = -1,  # decoding processes; −1: one for each core, at most 12
     out: Path | None = None,  # folder of the results; default: the encoder's
-    resume: bool = False,  # go on with what was stopped (probe, finetune, segment, video)
+    resume: bool = False,  # go on with what was stopped (probe, finetune, segment, detect, video)
     **of_protocol,
 ):
     """The Job of a subcommand, from the flags that all have; and the other flags."""
@@ -2968,7 +3310,7 @@ def command_line():
         add_flags(command, run)
         if run is run_finetune:
             add_tuning_flags(command)
-        if run is run_video:
+        if run in (run_detect, run_video):
             add_tuning_flags(command, leave_out=OF_IMAGES)
     return parser
 
