@@ -1414,6 +1414,7 @@ class Images:
 
     def subset(self, index, classes=None):
         """The images `index` [n]; with `classes`, names that are all the subset's labels may refer to, renumbered."""
+        index = np.asarray(index)  # numpy takes a tensor of one number for that number
         part = {k: v[index] for k, v in vars(self).items() if isinstance(v, torch.Tensor | np.ndarray)}
         if self.dataset is not None:
             part["dataset"] = torch.utils.data.Subset(self.dataset, index.tolist())
