@@ -352,6 +352,18 @@ def batch_norm_outcome(*shape):
     return [*rows, *of_parameters, norm.running_mean, norm.running_var]
 
 
+def map_norm_outcome():
+    """Gradients and statistics of five maps, of which the second of two ranks holds none or three."""
+    found = []
+    for of_first in (5, 2):
+        mine = [slice(0, of_first), slice(of_first, 5)][common.rank()] if common.world() > 1 else slice(0, 5)
+        norm, x, gradient = protocols.MapNorm(3).double(), normal(5, 3, 2, 4).requires_grad_(), normal(5, 3, 2, 4, seed=1)
+        (norm(x[mine]) * gradient[mine]).sum().backward()
+        of_all = [common.gather(t.grad[None]).sum(0) for t in (x, norm.weight)]
+        found.append([*of_all, norm.running_mean, norm.running_var])
+    return found
+
+
 def nt_xent_outcome():
     z = [common.normalize(part(normal(6, 5, seed=i))).requires_grad_() for i in (6, 7)]
     loss = common.nt_xent(*z, 0.2)
@@ -420,12 +432,17 @@ def evaluations():
             result, _ = protocols.upernet(vit(depth=4), *annotated, Run(CPU), s, 32)
         found["upernet", micro_batch] = [*Recorder.made[-1].losses, *itertools.chain(*Recorder.made[-1].gradients)]
         found["upernet miou", micro_batch] = result["miou"]
+    for micro_batch in (0, 2):
+        model, training = tuned_detector(rectangles(8), micro_batch=micro_batch)
+        found["detect", micro_batch] = training.losses, training.gradients
+    found["scores"] = protocols.detection_scores(model, rectangles(7), CPU)
     return found
 
 
 def outcomes(data, out):
     found = dict(gather=gather_outcome(), nt_xent=nt_xent_outcome())
     found["batch norm", 1], found["batch norm", 2] = batch_norm_outcome(5), batch_norm_outcome(2, 5)
+    found["map norm"] = map_norm_outcome()
     found["uniform"] = common.gather(uniform((0, "key"), part(torch.arange(8)), 3))
     found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
     augment = common.augment
@@ -4614,7 +4631,9 @@ def test_upernet_of_a_vit_b_has_the_published_number_of_parameters(stem, million
     """Those of ConvMAE's repository, in millions, without saying whether the auxiliary head (1.8) counts."""
     with torch.device("meta"):
         encoder = common.build_vit("vit_b16", 512, stem=stem)
-        pyramid = protocols.Pyramid(protocols.Backbone(encoder, [4, 6, 8, encoder.depth], grid=(32, 32)), norm=protocols.MapNorm)
+        pyramid = protocols.Pyramid(
+            protocols.Backbone(encoder, [4, 6, 8, encoder.depth], grid=(32, 32)), norm=protocols.MapNorm
+        )
         model = nn.ModuleList([pyramid, protocols.UperNet(pyramid, 150, 768)])
     count = sum(p.numel() for p in model.parameters())
     assert millions - 1 < count / 1e6 < millions + 2
@@ -4664,7 +4683,9 @@ def test_scaled_crops_hold_two_classes_where_they_can_and_what_is_missing_counts
     assert np.mean(np.array(shares) < 0.75) > 0.9 and 0 < missing < 60 and 0 < flips < 60
     x, labels = protocols.ScaledCrop(24)(images, 0, 0)
     assert x.shape == (3, 24, 36) and torch.equal(labels, maps[0])  # the label map at its own size
-    thin = protocols.Annotated(torch.tensor([-1]), list("ab"), pixels=pictures(1, 2, 400), maps=maps[:, :1, :1].expand(1, 2, 400))
+    thin = protocols.Annotated(
+        torch.tensor([-1]), list("ab"), pixels=pictures(1, 2, 400), maps=maps[:, :1, :1].expand(1, 2, 400)
+    )
     assert protocols.ScaledCrop(24)(thin, 0, 0)[0].shape == (3, 1, 96)  # at most 4 · 24
 
 
@@ -4803,7 +4824,10 @@ def load_coco(folder, content):
 
 def test_objects_of_cocos_layout_are_those_of_its_api(coco, capsys):
     path, images = load_coco(*coco)
-    assert "1 without objects, 2 objects, 3 classes, left out for want of a size or an outline: annotations 2 (1)" in capsys.readouterr().out
+    assert (
+        "1 without objects, 2 objects, 3 classes, left out for want of a size or an outline: annotations 2 (1)"
+        in capsys.readouterr().out
+    )
     assert images.classes == ["a", "b", "c"] and len(images) == 2
     with contextlib.redirect_stdout(io.StringIO()):
         api = COCO(path)
@@ -4822,7 +4846,10 @@ def test_objects_of_cocos_layout_are_those_of_its_api(coco, capsys):
 def test_annotations_of_objects_that_do_not_fit_are_named_in_one_line(coco, capsys):
     folder, content = coco
     for change, words in [
-        (dict(images=[*content["images"], dict(id=6, file_name="x.jpg", width=1, height=1)]), "1 of 3 images are not in .*: x.jpg"),
+        (
+            dict(images=[*content["images"], dict(id=6, file_name="x.jpg", width=1, height=1)]),
+            "1 of 3 images are not in .*: x.jpg",
+        ),
         (dict(images=content["images"][1:]), "annotation 1 has the image_id 11, which is not listed"),
         (dict(categories=content["categories"][1:]), "annotation 1 has the category_id 90, which is not listed"),
         (dict(annotations=[dict(id=1, image_id=11, category_id=3)]), "json is damaged, or of another version .*bbox"),
@@ -4854,6 +4881,254 @@ def test_scenes_have_boxes_around_their_masks_and_the_shapes_of_their_labels():
     assert set(counts) == {0, 1, 2, 3, 4}
     dumbbells = [images.pixels[i][:, images.target(i)["masks"][images.target(i)["labels"] == 10].any(0)] for i in range(500)]
     assert np.mean([pixels.float().std(1).mean() for pixels in dumbbells if pixels.numel()]) < 20  # of one colour each
+
+
+# ----------------------------------------------------------------------------------------------------------- detection
+
+
+def rectangles(count, height=32, width=32):
+    """Noise with up to three rectangles, each of its class's colour: the third image has none, the fourth a crowd as well."""
+    dice, known = random.Random(count), []
+    pixels = pictures(count, height, width, seed=count) // 4
+    for i in range(count):
+        objects = []
+        for quarter in dice.sample(range(4), 0 if i == 2 else 1 + i % 3):
+            c, w, h = dice.randrange(2), dice.randint(8, width // 2), dice.randint(8, height // 2)
+            left = quarter % 2 * (width // 2) + dice.randint(0, width // 2 - w)
+            top = quarter // 2 * (height // 2) + dice.randint(0, height // 2 - h)
+            pixels[i, 2 * c, top : top + h, left : left + w] = 255
+            mask = torch.zeros(height, width, dtype=torch.bool)
+            mask[top : top + h, left : left + w] = True
+            objects.append(protocols.in_cocos_words(mask, 1 + c) | dict(iscrowd=int(i == 3 and not objects)))
+        known.append(dict(id=10 * i, width=width, height=height, objects=objects))
+    return protocols.with_annotations(known, ["red", "blue"], pixels=pixels)
+
+
+def detector(pyramid="four", seed=0):
+    """A small Detector of images of 32 x 32 pixels, in the default dtype."""
+    torch.manual_seed(seed)
+    return protocols.Detector(common.ViT(32, 4, 32, 4, 2), 2, 32, pyramid, window=3, width=16, rois=16)
+
+
+def tuned_detector(images, scales=(0.8, 1.5), **changes):
+    """(Detector, Recorder of its steps); it is tuned on batches of four."""
+    s = protocols.FineTuning(**protocols.MASK_RCNN | dict(epochs=1, batch=4, drop_path=0.4) | changes)
+    torch.manual_seed(0)
+    encoder, kind = common.ViT(32, 4, 32, 4, 2), dict(window=3, width=16, rois=16)
+    with mock.patch.object(protocols, "Training", Recorder), mock.patch.object(Recorder, "made", []) as made:
+        return protocols.detect(encoder, images, images, Run(CPU), s, 32, scales, **kind), made[0]
+
+
+def test_a_detector_takes_the_same_steps_whole_in_pieces_and_over_ranks(two):
+    for found in (two[0], *two[1]):
+        for micro_batch in (0, 2):
+            losses, gradients = found["detect", micro_batch]
+            assert len(losses) == 2 and all_equal(losses, two[0]["detect", 0][0], 1e-10)
+            for ours, alone in zip(gradients, two[0]["detect", 0][1], strict=True):
+                assert all_equal(ours, alone, 1e-9)
+
+
+def test_detection_scores_over_two_processes_are_those_of_one(two):
+    alone, *ranks = (common.to_json(found["scores"]) for found in (two[0], *two[1]))
+    assert ranks == [alone, alone] and b"AP75" in alone
+
+
+def test_map_norm_over_ranks_that_hold_different_numbers_is_torchs_over_all_maps(two):
+    reference, x = nn.BatchNorm2d(3).double(), normal(5, 3, 2, 4).requires_grad_()
+    (reference(x) * normal(5, 3, 2, 4, seed=1)).sum().backward()
+    expected = [x.grad, reference.weight.grad, reference.running_mean, reference.running_var]
+    for found in (two[0], *two[1]):
+        for split in found["map norm"]:
+            assert all(error(a, b) < 1e-12 for a, b in zip(split, expected, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_samples_are_torchvisions_and_each_image_has_its_own(share):
+    from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+
+    labels = [(normal(400, seed=i) * scale).round().clamp(-1, 5).long() for i, scale in enumerate((0.4, 3.0, 0.0))]
+    draw = partial(protocols.sample, 100, share)
+    found, theirs = draw("key", torch.tensor([7, 8, 9]), labels), BalancedPositiveNegativeSampler(100, share)(labels)
+    for ours, reference, wanted in zip(found, theirs, ("objects", "background")):
+        for one, other, label in zip(ours, reference, labels):
+            assert one.sum() == other.sum() and ((label > 0) if wanted == "objects" else (label == 0))[one.bool()].all()
+    for i, row in enumerate((7, 8, 9)):
+        alone = draw("key", torch.tensor([row]), labels[i : i + 1])
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, found))
+    other = draw("key", torch.tensor([9, 8, 9]), labels)
+    assert not torch.equal(other[1][0], found[1][0]) and torch.equal(other[1][1], found[1][1])
+
+
+def targets_of(images, count, seed=0):
+    """(standardised images, their targets) as training sees them."""
+    crop = protocols.ObjectCrop(32, (0.8, 1.5), seed)
+    x, targets = zip(*(crop(images, 0, i) for i in range(count)))
+    return protocols.augment(torch.stack(x)), list(targets)
+
+
+def test_losses_of_an_image_are_those_that_torchvision_gives_for_it_alone(in_float64):
+    """Where no BatchNorm joins the images: ViTDet's."""
+    model = randomized(detector("last"))
+    x, targets = targets_of(rectangles(4), 4)
+    maps, rows = model.pyramid(x), torch.tensor([5, 6, 7, 8])
+    losses = model.losses(maps, targets, (0, 3), rows)
+    for i, row in enumerate(rows.split(1)):
+        levels = model.backbone({str(k): m[i : i + 1] for k, m in enumerate(maps)})
+        image = protocols.ImageList(x[i : i + 1], [(32, 32)])
+        model.rpn.fg_bg_sampler = partial(protocols.sample, 256, 0.5, (0, 3, "anchors"), row)
+        proposals, of_rpn = model.rpn(image, levels, targets[i : i + 1])
+        model.roi_heads.fg_bg_sampler = partial(protocols.sample, 16, 0.25, (0, 3, "proposals"), row)
+        _, of_heads = model.roi_heads(levels, proposals, [(32, 32)], targets[i : i + 1])
+        assert error(losses["rpn"][i], of_rpn["loss_objectness"] + of_rpn["loss_rpn_box_reg"]) < 1e-10
+        assert error(losses["boxes"][i], of_heads["loss_classifier"] + of_heads["loss_box_reg"]) < 1e-10
+        assert abs(losses["masks"][i] - of_heads["loss_mask"]) < 1e-10
+    assert losses["masks"][2] == 0 < losses["masks"][0]  # the third has no objects
+
+
+def test_images_without_objects_alone_have_finite_losses_and_gradients():
+    model = detector()
+    x, targets = targets_of(rectangles(3).subset(torch.tensor([2, 2])), 2)
+    losses = model.losses(model.pyramid(x), targets, (0, 0), torch.arange(2))
+    sum(loss.mean() for loss in losses.values()).backward()
+    assert losses["masks"].tolist() == [0, 0] and losses["boxes"].min() > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+def test_image_and_objects_are_scaled_cut_and_flipped_alike():
+    images, flips = rectangles(6, 40, 30), 0
+    for epoch, i in itertools.product(range(6), (0, 1, 3, 5)):
+        dice = random.Random(repr((3, epoch, i)))
+        scale, down_right, flip = dice.uniform(0.3, 2.0), (dice.random(), dice.random()), dice.random() < 0.5
+        ratio = scale * 32 / 40
+        width, height = round(30 * ratio), round(40 * ratio)
+        left, top = (int(place * (max(side - 32, 0) + 1)) for place, side in zip(down_right, (width, height)))
+        truth = images.target(i)
+        masks = F.interpolate(truth["masks"][None].double(), (height, width), mode="nearest-exact")[0] > 0
+        image = images.open(i).resize((width, height), Image.Resampling.BILINEAR)
+        image, masks = image.crop((left, top, left + 32, top + 32)), F.pad(masks, (0, 32, 0, 32))[:, top:, left:][:, :32, :32]
+        x, target = protocols.ObjectCrop(32, (0.3, 2.0), seed=3)(images, epoch, i)
+        x, found = (x.flip(-1), target["masks"].flip(-1)) if flip else (x, target["masks"])
+        kept = [k for k in range(len(masks)) if masks[k].any() and not truth["crowd"][k]]
+        assert torch.equal(found, masks[kept]) and torch.equal(target["labels"], truth["labels"][kept])
+        inside = x[:, : min(32, height), : min(32, width)]
+        assert (tv.pil_to_tensor(image)[:, : inside.shape[1], : inside.shape[2]].int() - inside.int()).abs().max() <= 2
+        gray = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
+        assert (x[:, height:] == gray).all() and (x[:, :, width:] == gray).all()
+        for box, mask in zip(target["boxes"].tolist(), target["masks"]):
+            y, x_of = mask.nonzero().T
+            assert box == [x_of.min(), y.min(), x_of.max() + 1, y.max() + 1]
+        flips += flip
+    assert 0 < flips < 24
+    x, truth = protocols.ObjectCrop(32)(images, 0, 3)
+    assert truth["crowd"].tolist() == [True] and truth["masks"].shape[1:] == (40, 30)
+    assert torch.equal(x[:, :, :24], tv.pil_to_tensor(images.open(3).resize((24, 32), Image.Resampling.BILINEAR)))
+
+
+def test_detections_are_of_the_original_images_pixels():
+    model = detector().eval()
+    mask = torch.ones(1, 1, 28, 28)
+    inside = dict(boxes=torch.tensor([[4.0, 8, 12, 20]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]), masks=mask)
+    beyond = inside | dict(boxes=torch.tensor([[8.0, 0, 32, 16]]))
+    with mock.patch.object(model.roi_heads, "forward", lambda *_: ([dict(inside), dict(beyond)], {})):
+        first, second = model.detect(torch.zeros(2, 3, 32, 32), [(64, 40), (64, 40)])
+    assert first["boxes"].tolist() == [[8, 16, 24, 40]] and second["boxes"].tolist() == [[16, 0, 40, 32]]
+    assert first["masks"].shape == (1, 64, 40) and first["masks"][0, 18:38, 10:22].all()
+    assert not first["masks"][0, :14].any() and not first["masks"][0, :, :6].any() and first["masks"].sum() < 20 * 28
+
+
+@pytest.mark.parametrize("pyramid, published", [("four", None), ("last", 111)])
+def test_a_vit_b_mask_rcnn_has_vitdets_number_of_parameters(pyramid, published):
+    """ViTDet's Table 5 has 111 M for ViT-B; its bias is decomposed. Li et al. 2021 print none for their pyramid."""
+    with torch.device("meta"):
+        model = protocols.Detector(common.build_vit("vit_b16", 224), 80, 1024, pyramid, relative=pyramid == "four")
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(published or 116.3, abs=0.5)
+    assert model.pyramid.backbone.blocks == [3, 6, 9, 12]
+
+
+DETECT = "detect --image_size 32 --window 3 --width 16 --rois 16 --batch 4 --workers 0 --precision float32 --encoder encoder.pt"
+
+
+@pytest.fixture
+def with_rectangles(place, monkeypatch):
+    """`place` with an encoder of four blocks; whatever the data are called, they are rectangles."""
+    torch.manual_seed(0)
+    common.save_encoder("encoder.pt", common.ViT(32, 4, 32, 4, 2))
+    monkeypatch.setattr(protocols, "load_objects", lambda data, split: rectangles(8 if split == "train" else 5))
+    return place
+
+
+def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with_rectangles):
+    take_step, steps = common.Training.take_step, []
+
+    def step(training, *args, **values):
+        steps.append(training.step)
+        if len(steps) == 4 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(training, *args, **values)
+
+    def run(*more):
+        words = *DETECT.split(), *"--epochs 2 --micro_batch 2".split(), *more
+        with mock.patch.object(common.Training, "take_step", step):
+            main(*words, program=protocols)
+
+    run("--out", "whole")
+    with pytest.raises(SystemExit):
+        run("--out", "broken")
+    run("--out", "broken", "--resume")
+    assert steps == [*range(4), 0, 1, 2, 3]
+    results = [json.loads(Path(folder, "detect.json").read_text()) for folder in ("whole", "broken")]
+    saved = [torch.load(f"{folder}/detector.pt")["detector"] for folder in ("whole", "broken")]
+    for name in ("boxes", "masks"):
+        assert results[0][name] == results[1][name] and len(results[0][name]) == 6
+    assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())
+    before = torch.load("encoder.pt")["model"]
+    assert not torch.equal(saved[0]["pyramid.backbone.encoder.blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    assert Image.open("broken/detect.png").size == (4 + 5 * 132, 4 + 3 * 146) and not Path("broken/detect.run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--image_size 30", "30 is not divisible by the patch size 4"),
+        ("--encoder odd.pt", "patches have 7 pixels: .* a power of two"),
+        ("--encoder short.pt", "has 3 blocks, expected at least the 4"),
+        ("--batch 9", "batch 9 is larger than the training set"),
+        ("--pyramid five", "invalid choice: 'five'"),
+        ("--data no/such", "no/such"),
+    ],
+)
+def test_what_no_detector_can_use_is_named_before_the_work(with_rectangles, monkeypatch, flags, message):
+    common.save_encoder("odd.pt", common.ViT(28, 7, 32, 4, 2))
+    common.save_encoder("short.pt", common.ViT(32, 4, 32, 3, 2))
+    if "--data" in flags:
+        monkeypatch.undo()
+        monkeypatch.chdir(with_rectangles)
+    with pytest.raises(InputError, match=message):
+        main(
+            *DETECT.replace("32 --window", "28 --window" if "odd" in flags else "32 --window").split(),
+            *flags.split(),
+            program=protocols,
+        )
+    assert not Path("detect.run").exists()
+
+
+def test_the_cost_of_a_detection_step_is_printed_and_nothing_is_written(with_rectangles):
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as out:
+        protocols.main([*DETECT.split(), "--cost"])
+    columns, row = (line.split() for line in out.getvalue().splitlines()[-2:])
+    assert ended.value.code == 0 and sorted(Path().iterdir()) == before and columns[0] == "parameters/M"
+    count = sum(p.numel() for p in detector().parameters() if p.requires_grad)
+    assert row[0] == "detect" and float(row[1]) == pytest.approx(count / 1e6, abs=0.1) and float(row[3]) > 0
+
+
+def test_a_detector_learns_to_find_rectangles():
+    images = rectangles(8)
+    found, _ = tuned_detector(images, (1.0, 1.0), epochs=30, drop_path=0.0, lr=0.06)
+    scores = protocols.detection_scores(found, images, CPU)
+    assert scores["boxes"]["AP50"] > 50 and scores["masks"]["AP50"] > 50
 
 
 # -------------------------------------------------------------------------------------------------------------- video
@@ -4956,7 +5231,14 @@ def test_segment_or_video_that_was_stopped_goes_on_to_the_same_bits(folders, tmp
         return take_step(training, *args, **values)
 
     def run(out, *more):
-        given = f"--batch 8 --workers 0 --precision float32 {flags} --image_size 16 --encoder", file, "--data", data, "--out", out
+        given = (
+            f"--batch 8 --workers 0 --precision float32 {flags} --image_size 16 --encoder",
+            file,
+            "--data",
+            data,
+            "--out",
+            out,
+        )
         with mock.patch.object(common.Training, "take_step", step):
             main(protocol, *given, *more, program=protocols)
         module, *_ = trainings[-1].state.values()
@@ -4969,7 +5251,9 @@ def test_segment_or_video_that_was_stopped_goes_on_to_the_same_bits(folders, tmp
     assert steps == [*range(6), *range(4), 4, 5] and found == expected
     assert all(torch.equal(resumed[name], weights[name]) for name in resumed | weights)
     if protocol == "segment":
-        assert ("upernet" in flags or len(found["miou_by_lr"]) == 9) and Image.open(tmp_path / "broken/segment.png").width > 5 * 96
+        assert ("upernet" in flags or len(found["miou_by_lr"]) == 9) and Image.open(
+            tmp_path / "broken/segment.png"
+        ).width > 5 * 96
         return
     before = torch.load(file)["model"].items()
     tuned = any(not torch.equal(weights[f"encoder.{name}"], value) for name, value in before)
