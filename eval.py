@@ -3217,7 +3217,7 @@ def run_detect(
     size, scales, changes = 1024, (0.1, 2.0), MASK_RCNN
     kind = dict(pyramid=pyramid, window=14, relative=relative, width=256, rois=512)
     if job.data == "shapes":  # chosen on an untrained encoder
-        size, scales, changes = 64, (0.8, 1.25), MASK_RCNN | dict(epochs=2, warmup=0.1, batch=8, lr=1.6e-2)
+        size, scales, changes = 64, (0.8, 1.25), MASK_RCNN | dict(epochs=2, warmup=0.1, batch=8, lr=6.4e-2)
         kind |= dict(window=0, width=64, rois=32)
     kind |= {name: value for name, value in dict(window=window, width=width, rois=rois).items() if value is not None}
     size = job.image_size or size
