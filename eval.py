@@ -2199,8 +2199,8 @@ class Pyramid(nn.Module):
     to 32 for patches of 16 pixels.
 
     From four blocks by transposed convolutions, identity and max-pooling (Li et al. 2021; mmsegmentation's BEiT and MAE); or
-    all from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the others
-    are of the last block.
+    all from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the
+    others are of the last block.
 
     Args:
         backbone: a Backbone of four blocks; last: only the last one's map is used; norm: a norm of maps, given their channels.
@@ -2401,9 +2401,9 @@ UPERNET_SHAPES = dict(epochs=0.5, warmup=0.1, lr=1.6e-2)  # a minute or two: cho
 
 @dataclass
 class ScaledCrop:
-    """Cuts an image and its label map alike. In training: sides x 0.5-2, where the shorter one is `size` at x 1, a random square
-    of `size`, of ten tries the first in which no class has more than 75 % of the pixels, flip, photometric distortion; what
-    is missing is ImageNet's mean, and counts nowhere. With `seed` None the image at x 1 and the label map at its own size."""
+    """Cuts an image and its label map alike. In training: sides x 0.5-2, where the shorter is `size` at x 1, a random square of
+    `size`, of ten tries the first in which no class has more than 75 % of the pixels, flip, photometric distortion; what is
+    missing is ImageNet's mean, and counts nowhere. With `seed` None the image at x 1 and the label map at its own size."""
 
     size: int
     seed: int = None
@@ -2500,8 +2500,8 @@ class UperNet(nn.Module):
 
 
 def slide(function, x, size):
-    """A function of squares, images [n, 3, size, size] → [n, C, h, w], on images of any size: the mean, resized, of windows that
-    are at most two thirds of their side apart: [n, 3, H, W] → [n, C, H, W]."""
+    """A function of squares, images [n, 3, size, size] → [n, C, h, w], on images of any size: the mean, resized, of windows
+    that are at most two thirds of their side apart: [n, 3, H, W] → [n, C, H, W]."""
     height, width = x.shape[2:]
     x = F.pad(x, (0, max(0, size - width), 0, max(0, size - height)))
     stride = size * 2 // 3  # 341 for 512
@@ -2519,16 +2519,15 @@ def slide(function, x, size):
 def upernet(encoder, train, val, run, s, size, relative=True):
     """Semantic segmentation by UperNet, whose encoder is tuned with it (CMAE 4.3).
 
-    Maps of four blocks (4, 6, 8 and 12 of 12); AdamW, layer-wise decay, linear warm-up, then linear to 0; cross-entropy of the
-    head and 0.4 of the auxiliary one, over all pixels; dropout of 0.1 of their channels. Tested on whole images in windows. As
-    in mmsegmentation, but without [CLS] (see `Backbone`) and without a learned scale of the residual branches.
+    Maps of blocks 4, 6, 8 and 12 of 12; AdamW, layer-wise decay, linear warm-up, then linear to 0; cross-entropy of the head
+    and 0.4 of the auxiliary one; dropout of 0.1 of their channels. Tested on whole images in windows. As in mmsegmentation,
+    but without [CLS] (see `Backbone`) and without a learned scale of the residual branches.
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: Annotated; s: FineTuning; size: of crops and windows; relative:
-        whether the encoder gets a relative position bias.
+        whether there is a relative position bias.
     Returns:
-        {"miou": in percent, of one confusion matrix of all validation pixels}, with --cost what a step costs; and a function
-        of standardised images [n, 3, S, S] that gives classes [n, S, S].
+        as `segment`: {"miou"}, or with --cost what a step costs; and a function that predicts classes.
     """
     machine, patch = run.machine, encoder.patch_size
     need(size % patch == 0, f"--image_size {size} is not divisible by the patch size {patch}")
@@ -2536,16 +2535,16 @@ def upernet(encoder, train, val, run, s, size, relative=True):
     encoder = trainable_copy(encoder, s)
     torch.manual_seed(s.seed)
     blocks = [round(encoder.depth * share / 12) for share in (4, 6, 8, 12)]
-    backbone = Backbone(encoder, blocks, grid=(size // patch,) * 2 if relative else None)
-    pyramid = Pyramid(backbone, norm=MapNorm).to(machine.device)
+    grid = (size // patch,) * 2 if relative else None
+    pyramid = Pyramid(Backbone(encoder, blocks, grid=grid), norm=MapNorm).to(machine.device)
     head = UperNet(pyramid, len(train.classes), encoder.dim).to(machine.device)
-    new = nn.ModuleList([backbone.biases, head])
+    new = nn.ModuleList([pyramid.backbone.biases, head])
     peak = s.lr * s.batch / 256
     groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
     optimizer = adamw(groups, betas=(0.9, 0.999))
     state = dict(encoder=encoder, new=new, optimizer=optimizer)
     training = Training(run, "segment", state, len(train), s.batch, s.epochs)
-    rows = part_of_rank(torch.arange(s.batch))
+    rows, warmup = part_of_rank(torch.arange(s.batch)), s.warmup * training.total
 
     def encode(x, drop):
         return tuple(pyramid.maps(x, drop)), None
@@ -2559,12 +2558,11 @@ def upernet(encoder, train, val, run, s, size, relative=True):
     stream = annotated_batches(train, order, ScaledCrop(size, s.seed), machine)
     for x, labels in training.steps(measured(training, partial(tuple, next(stream))) if run.settings.cost else stream):
         noise = uniform((s.seed, training.step, "drop"), rows, encoder.depth, 2, device=x.device)
-        keep = drop_path(0.1, uniform((s.seed, training.step, "dropout"), rows, 1, head.width + 256, device=x.device))
+        keep = (uniform((s.seed, training.step, "dropout"), rows, head.width + 256, device=x.device) >= 0.1) / 0.9
         # in one piece: objective(labels, keep, *encode(x, drop)[0])[0].backward()
         inputs = (x, drop_path(s.drop_path, noise))
         loss, _ = backward(encode, partial(objective, labels, keep), inputs, s.micro_batch, machine.precision)
-        done = training.step / training.total
-        set_lr(optimizer, min(1, (training.step + 1) / max(1, s.warmup * training.total)) * (1 - done))
+        set_lr(optimizer, min(1, (training.step + 1) / max(1, warmup)) * (1 - training.step / training.total))
         _, means = training.take_step(optimizer, loss)
         training.log(means)
         training.save_if_due()
@@ -2755,21 +2753,16 @@ def fill_polygon(polygon, height, width):
     The outline is drawn on a grid five times as fine, from corner to corner in steps of one along an edge's longer axis.
     Where it passes the middle of a column of pixels, all that follow, column after column, change sides.
     """
-    corner = (5 * np.array(polygon, dtype=float).reshape(-1, 2) + 0.5).astype(int)
-    other = np.roll(corner, -1, 0)
-    extent = np.abs(other - corner)
-    longer = np.where(extent[:, :1] >= extent[:, 1:], [True, False], [False, True])  # [corners, 2], of (x, y)
-    length = extent.max(1)
-    backwards = (other < corner)[longer][:, None]  # either direction is drawn from the lower end
-    low, high = np.where(backwards, other, corner), np.where(backwards, corner, other)
-    slope = (high - low) / np.maximum(length, 1)[:, None]
-
-    edge = np.repeat(np.arange(len(corner)), length + 1)
-    first = np.cumsum(length + 1) - length - 1
-    at = (np.arange(len(edge)) - first[edge])[:, None]
-    at = np.where(backwards[edge], length[edge][:, None] - at, at)  # steps from the lower end
-    point = np.where(longer[edge], low[edge] + at, (low[edge] + slope[edge] * at + 0.5).astype(int))
-
+    corners = (5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(int)
+    edges = []
+    for a, b in zip(corners, np.roll(corners, -1, 0)):
+        longer = abs(b - a).argmax()
+        low, high = sorted((a, b), key=lambda corner: corner[longer])  # either direction is drawn from the lower end
+        steps = np.arange(high[longer] - low[longer] + 1)
+        edge = (low + (high - low) / max(1, steps[-1]) * steps[:, None] + 0.5).astype(int)
+        edge[:, longer] = low[longer] + steps
+        edges.append(edge if low is a else edge[::-1])
+    point = np.concatenate(edges)
     x, y = np.minimum(point[1:], point[:-1])[point[1:, 0] != point[:-1, 0]].T
     column, part = np.divmod(x, 5)
     row = ((y + 2) // 5).clip(0, height)

@@ -4631,9 +4631,8 @@ def test_upernet_of_a_vit_b_has_the_published_number_of_parameters(stem, million
     """Those of ConvMAE's repository, in millions, without saying whether the auxiliary head (1.8) counts."""
     with torch.device("meta"):
         encoder = common.build_vit("vit_b16", 512, stem=stem)
-        pyramid = protocols.Pyramid(
-            protocols.Backbone(encoder, [4, 6, 8, encoder.depth], grid=(32, 32)), norm=protocols.MapNorm
-        )
+        backbone = protocols.Backbone(encoder, [4, 6, 8, encoder.depth], grid=(32, 32))
+        pyramid = protocols.Pyramid(backbone, norm=protocols.MapNorm)
         model = nn.ModuleList([pyramid, protocols.UperNet(pyramid, 150, 768)])
     count = sum(p.numel() for p in model.parameters())
     assert millions - 1 < count / 1e6 < millions + 2
@@ -4683,9 +4682,7 @@ def test_scaled_crops_hold_two_classes_where_they_can_and_what_is_missing_counts
     assert np.mean(np.array(shares) < 0.75) > 0.9 and 0 < missing < 60 and 0 < flips < 60
     x, labels = protocols.ScaledCrop(24)(images, 0, 0)
     assert x.shape == (3, 24, 36) and torch.equal(labels, maps[0])  # the label map at its own size
-    thin = protocols.Annotated(
-        torch.tensor([-1]), list("ab"), pixels=pictures(1, 2, 400), maps=maps[:, :1, :1].expand(1, 2, 400)
-    )
+    thin = dataclasses.replace(images, pixels=pictures(1, 2, 400), maps=maps[:, :1, :1].expand(1, 2, 400))
     assert protocols.ScaledCrop(24)(thin, 0, 0)[0].shape == (3, 1, 96)  # at most 4 · 24
 
 
@@ -4801,13 +4798,13 @@ def coco(tmp_path):
     """A folder of COCO's layout: a picture with polygons and a crowd, one without objects; categories 3, 7 and 90."""
     write_pictures(tmp_path / "train2017", [(40, 60), (30, 20)])
     crowd = protocols.run_lengths(np.arange(2400).reshape(40, 60) % 7 == 0)
-    common_words = dict(image_id=11, iscrowd=0)
+    known = dict(image_id=11, iscrowd=0)
     content = dict(
         images=[dict(id=11, file_name="000.png", width=60, height=40), dict(id=5, file_name="001.png", width=20, height=30)],
         categories=[dict(id=90, name="c"), dict(id=3, name="a"), dict(id=7, name="b")],
         annotations=[
-            dict(common_words, id=1, category_id=90, bbox=[3.5, 4, 20, 10.25], area=99.5, segmentation=[[3.5, 4, 23.5, 4, 9, 14.25]]),
-            dict(common_words, id=2, category_id=7, bbox=[0, 0, 0, 9], area=0, segmentation=[[0, 0, 0, 9, 0, 4]]),
+            dict(known, id=1, category_id=90, bbox=[3.5, 4, 20, 10.25], area=99, segmentation=[[3.5, 4, 23.5, 4, 9, 14.25]]),
+            dict(known, id=2, category_id=7, bbox=[0, 0, 0, 9], area=0, segmentation=[[0, 0, 0, 9, 0, 4]]),
             dict(image_id=11, id=3, category_id=3, iscrowd=1, bbox=[0, 0, 60, 40], area=343,
                  segmentation=dict(counts=crowd, size=[40, 60])),
         ],
@@ -4824,10 +4821,8 @@ def load_coco(folder, content):
 
 def test_objects_of_cocos_layout_are_those_of_its_api(coco, capsys):
     path, images = load_coco(*coco)
-    assert (
-        "1 without objects, 2 objects, 3 classes, left out for want of a size or an outline: annotations 2 (1)"
-        in capsys.readouterr().out
-    )
+    told = "1 without objects, 2 objects, 3 classes, left out for want of a size or an outline: annotations 2 (1)"
+    assert told in capsys.readouterr().out
     assert images.classes == ["a", "b", "c"] and len(images) == 2
     with contextlib.redirect_stdout(io.StringIO()):
         api = COCO(path)
@@ -4846,10 +4841,7 @@ def test_objects_of_cocos_layout_are_those_of_its_api(coco, capsys):
 def test_annotations_of_objects_that_do_not_fit_are_named_in_one_line(coco, capsys):
     folder, content = coco
     for change, words in [
-        (
-            dict(images=[*content["images"], dict(id=6, file_name="x.jpg", width=1, height=1)]),
-            "1 of 3 images are not in .*: x.jpg",
-        ),
+        (dict(images=[*content["images"], dict(id=6, file_name="x.jpg", width=1, height=1)]), "1 of 3 images are not in .*: x"),
         (dict(images=content["images"][1:]), "annotation 1 has the image_id 11, which is not listed"),
         (dict(categories=content["categories"][1:]), "annotation 1 has the category_id 90, which is not listed"),
         (dict(annotations=[dict(id=1, image_id=11, category_id=3)]), "json is damaged, or of another version .*bbox"),
