@@ -2557,7 +2557,7 @@ def upernet(encoder, train, val, run, s, size, relative=True):
     order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
     stream = annotated_batches(train, order, ScaledCrop(size, s.seed), machine)
     for x, labels in training.steps(measured(training, partial(tuple, next(stream))) if run.settings.cost else stream):
-        noise = uniform((s.seed, training.step, "drop"), rows, encoder.depth, 2, device=x.device)
+        noise = uniform((s.seed, training.step, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
         keep = (uniform((s.seed, training.step, "dropout"), rows, head.width + 256, device=x.device) >= 0.1) / 0.9
         # in one piece: objective(labels, keep, *encode(x, drop)[0])[0].backward()
         inputs = (x, drop_path(s.drop_path, noise))
@@ -2611,7 +2611,7 @@ def run_segment(
         check_batch(RunSettings(data=job.data), train, settings["batch"], settings["epochs"])
         result, predict = segment(job.encoder, train, val, job.open_run(settings), **settings)
     else:
-        changes = UPERNET | dict(epochs=160_000 * 16 / len(train))
+        changes = UPERNET | dict(epochs=160_000 / max(1, len(train) // 16))
         if job.data == "shapes":
             changes |= UPERNET_SHAPES
         else:
@@ -2812,9 +2812,8 @@ def scenes(split):
 
 def in_cocos_words(mask, label):
     """An object of a mask [H, W] that is not empty."""
-    rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
-    top, left = rows[0].item(), columns[0].item()
-    bbox = [left, top, columns[-1].item() + 1 - left, rows[-1].item() + 1 - top]
+    left, top, right, bottom = masks_to_boxes(mask[None])[0].tolist()  # the outermost pixels
+    bbox = [left, top, right + 1 - left, bottom + 1 - top]
     return dict(label=label, bbox=bbox, area=mask.sum().item(), iscrowd=0, segmentation=dict(counts=run_lengths(mask)))
 
 
@@ -3157,7 +3156,7 @@ def detect(encoder, train, val, run, s, size=1024, scales=(0.1, 2.0), **kind):
     for x, targets in training.steps(data):
         drop = None
         if s.drop_path:
-            noise = uniform((s.seed, training.step, "drop"), rows, encoder.depth, 2, device=x.device)
+            noise = uniform((s.seed, training.step, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
             drop = drop_path(s.drop_path, noise)
         # in one piece: objective(targets, *encode(x, drop)[0])[0].backward()
         loss, parts = backward(encode, partial(objective, targets), (x, drop), s.micro_batch, machine.precision)

@@ -241,7 +241,7 @@ def recording(dtype=torch.float64):
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(dtype)
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "augment", lambda *args: augment(*args).to(dtype)))
+            stack.enter_context(mock.patch.object(module, "augment", lambda *args: augment(*args).to(dtype), create=True))
             stack.enter_context(mock.patch.object(module, "Training", Recorder))
             stack.enter_context(mock.patch.object(module, "adamw", randomized_adamw))
         yield Recorder.made
@@ -4426,12 +4426,12 @@ def test_a_convolutional_stem_hands_out_its_finer_maps():
 @pytest.mark.parametrize("last", [False, True])
 def test_a_pyramid_is_of_four_blocks_or_of_the_last(last):
     backbone = protocols.Backbone(vit(depth=4), [1, 2, 3, 4])
-    pyramid, x = randomized(protocols.Pyramid(backbone, last)), normal(2, 3, 32, 48)
+    pyramid, x = randomized(protocols.Pyramid(backbone, last, partial(nn.GroupNorm, 16))), normal(2, 3, 32, 48)
     finest, fine, same, coarse = pyramid(x)
     maps = backbone(x)[0]
     maps = maps[-1:] * 4 if last else maps
     first, norm, _, second = pyramid.scales[0]
-    halved = F.gelu(F.group_norm(doubled(first, maps[0]), 32, norm.weight, norm.bias))
+    halved = F.gelu(F.group_norm(doubled(first, maps[0]), 16, norm.weight, norm.bias))
     for found, expected in [(finest, doubled(second, halved)), (fine, doubled(pyramid.scales[1], maps[1])), (same, maps[2])]:
         assert error(found, expected) < 1e-10
     assert torch.equal(coarse, maps[3].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5)))
@@ -4614,6 +4614,21 @@ def plain_upernet(head, maps, keep):
     levels = [unit(part, p) for part, p in zip(head.outputs, (p2, p3, p4))] + [p5]
     x = unit(head.fused, torch.cat([like(p, p2) for p in levels], 1))
     return head.head(x * keep[:, :4, None, None]), head.auxiliary_head(unit(head.auxiliary, maps[2]) * keep[:, 4:, None, None])
+
+
+def test_upernet_is_trained_by_mmsegmentations_recipe_for_mae(tmp_path):
+    data = write_ade20k(tmp_path / "set", training=reds(37), validation=reds(1))
+    common.save_encoder(tmp_path / "encoder.pt", vit(patch_size=16).float())
+    result = dict(miou=1.0), lambda x: x[:, 0].long()
+    with mock.patch.object(protocols, "upernet", return_value=result) as upernet:
+        main("segment", "--head upernet --workers 0 --encoder", tmp_path / "encoder.pt", "--data", data, program=protocols)
+    *_, s, size, relative = upernet.call_args.args
+    steps = round(s.epochs * (37 // 16))
+    assert (steps, s.batch, size, relative) == (160_000, 16, 512, True)
+    rates = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
+    assert rates == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
+    with pytest.raises(InputError, match="--lr --cost: only with --head upernet"):
+        main("segment", "--lr 1 --cost --encoder", tmp_path / "encoder.pt", "--data", data, program=protocols)
 
 
 def test_upernets_head_is_the_formula_with_torchs_modules():
