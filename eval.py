@@ -2396,7 +2396,7 @@ def pixel_confusion(logits, val, crop, machine, batch=16):
 # UperNet (Xiao et al. 2018, arXiv 1807.10221; CMAE 4.3, Table 3a). The paper follows others and says no more: what is left
 # open is mmsegmentation's recipe for MAE. ConvMAE's, which CMAE* follows, has --layer_decay 0.75 --drop_path 0.2.
 UPERNET = CROP_FLIP | dict(batch=16, lr=1.6e-3, warmup=1500 / 160_000, layer_decay=0.65, drop_path=0.1)  # lr 1e-4 at batch 16
-UPERNET_SHAPES = dict(epochs=0.5, warmup=0.1, lr=1.6e-2)  # a minute or two: chosen
+UPERNET_SHAPES = dict(epochs=0.5, warmup=0.1, lr=4.8e-2, layer_decay=0.75, drop_path=0.0)  # a minute or two: chosen
 
 
 @dataclass
