@@ -2542,8 +2542,7 @@ def upernet(encoder, train, val, run, s, size, relative=True):
     peak = s.lr * s.batch / 256
     groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
     optimizer = adamw(groups, betas=(0.9, 0.999))
-    state = dict(encoder=encoder, new=new, optimizer=optimizer)
-    training = Training(run, "segment", state, len(train), s.batch, s.epochs)
+    training = Training(run, "segment", dict(head=new, encoder=encoder, optimizer=optimizer), len(train), s.batch, s.epochs)
     rows, warmup = part_of_rank(torch.arange(s.batch)), s.warmup * training.total
 
     def encode(x, drop):
@@ -3167,7 +3166,7 @@ def detect(encoder, train, val, run, s, size=1024, scales=(0.1, 2.0), **kind):
     return detector
 
 
-def drawn(image, objects):
+def marked(image, objects):
     """An image, uint8 [3, H, W], with the masks and boxes of its objects in VOC's colours of their classes."""
     labels = objects["labels"].cpu()
     if len(labels) == 0:
@@ -3184,7 +3183,7 @@ def draw_objects(path, detector, val, machine):
     for index, found, truths in searched(detector, val, order, machine):
         for i, one, truth in zip(index.tolist(), found, truths):
             image, sure = to_uint8(val.open(i)), one["scores"] >= 0.5
-            shown = image, drawn(image, truth), drawn(image, {name: v[sure] for name, v in one.items()})
+            shown = image, marked(image, truth), marked(image, {name: v[sure] for name, v in one.items()})
             for row, picture in zip(rows.values(), shown):
                 row.append(picture)
     draw_rows(path, [(caption, images, None) for caption, images in rows.items()], side=128)
