@@ -46,8 +46,8 @@ JFT-300M, here any images, is --epoch_images 1281167; Section 5's ablations are 
   Figures 5, 8, 9, 15    eval.py finetune --recipe can, and of what that wrote:
                  eval.py robust --classifier finetuned.pt --sets FOLDER · eval.py robust --classifier finetuned.pt --real FILE
                  · 15: --epoch_images 1281167 --epochs 800 · 9, ViT-B: --epoch_images 1281167 --model vit_b16
-                 · 9, from scratch: eval.py finetune --recipe can --scratch vit_b16 --mixup 0.8. Its PyramidAT is adversarial
-                 training with labels (Herrmann et al. 2022), no part of CAN, and not here.
+                 · 9, from scratch: eval.py finetune --recipe can --scratch vit_b16 --mixup 0.8; its PyramidAT is adversarial
+                 training with labels (Herrmann et al. 2022), no part of CAN, and not here
   Figure 6       the values are in the picture alone; --model vit_b16 --epochs 100 --mask_ratio 0|0.5|0.75 --methods can|simclr
                  · --epoch_images 1281167 --model vit_b16 --mask_ratio 0|0.5|0.75 --methods can|simclr
   Figure 7       likewise; --model vit_b16 --epochs 100 --lambda_infonce 0.01|0.03|0.1

@@ -37,7 +37,7 @@ Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
   Figure 2       --epochs 300|800|1600, and Table 2's others.
   Figure 4       4a, whose values are in the picture alone: --epochs 300 --shift 0|16|32|64
                  · as the authors: --epochs 300 --shift 16 --margin 32
-                 · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve --curves FILE FILE
+                 · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve --curves mae/finetune.json cmae/finetune.json
   Figure 5       5a, whose values are in the picture alone: eval.py finetune --recipe partial --blocks 1|4|12
                  · 0 blocks: eval.py probe --recipe lars · 5b: --model vit_s16|vit_b16|vit_l16 --methods mae|cmae
 """

@@ -26,7 +26,8 @@ Tables and figures, by flags of this program, and by eval.py with --encoder and 
 Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stages head,ct --init mae.pt besides.
   Table 1        --model vit_b16|vit_l16 --no_aug|--aug · --model vit_h14 --init mae_pretrain_vit_huge.pth --stages head,ct
                  --no_aug|--aug · eval.py probe
-  Tables 2, 16   also --model vit_h16 --no_aug|--aug · eval.py knn · eval.py probe · eval.py lowshot --lists LIST LIST LIST
+  Tables 2, 16   also of H/16: --model vit_h16 --no_aug|--aug · eval.py knn · eval.py probe
+                 · 1, 2, 5 shots: eval.py lowshot --lists LIST LIST LIST
                  · MAE's 1, 2, 5 shots: eval.py finetune --recipe crop_flip --lists LIST LIST LIST
                  · 1 and 10 % of MAE-CT: eval.py finetune --recipe crop_flip --lists LIST
                  · 1 % of others: eval.py finetune --recipe lowshot --randaugment 0 --lists LIST
@@ -56,9 +57,9 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Figure 3       eval.py colorhist
   Figures 5, 10  eval.py retrieve --classes LIST
   Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug, and Table 1's accuracies against these hours:
-                 eval.py curve --curves MAE=FILE,FILE --y probe --at 448 792
+                 eval.py curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792
   Figure 7       eval.py finetune --recipe mae, and the runs of Table 2 with fewer labels:
-                 eval.py curve --curves MAE=FILE,FILE --y finetune --x images
+                 eval.py curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images
   Figure 9       eval.py cluster --classes LIST
   Figure 11      eval.py retrieve
 """

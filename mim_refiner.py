@@ -32,11 +32,11 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
                  · 1b: --head_blocks 20,24|16,20,24|15,18,21,24|18,20,22,24|17-24
                  · 1c: --schedule constant|uniform_decay|staggered_decay|staggered_step|one_hot · 1d: --frozen 0|6|12
                  · 1e: --swap_negatives · 1f: --local_views 0 --global_scale_min 0.08 · --color|--no_color
-                 · eval.py knn --raw --standardize · eval.py lowshot --raw --shots 1 --lists LIST LIST LIST
+                 · eval.py knn --raw --standardize · eval.py lowshot --lists LIST LIST LIST --raw
   Table 2        --model vit_l16|vit_h14|vit_2b14 · --mim data2vec2 --init FILE --model vit_l16|vit_h14
-                 · eval.py lowshot --raw --lists LIST LIST LIST · MIM models', how is not said: eval.py finetune
-                 --recipe mim_refiner_1 --lists LIST LIST LIST · 1 and 10 %: eval.py finetune --lists LIST
-                 --recipe mim_refiner_1|mim_refiner_10
+                 · eval.py lowshot --lists LIST LIST LIST --raw · MIM models', how is not said: eval.py finetune
+                 --recipe mim_refiner_1 --lists LIST LIST LIST · 1 and 10 %: eval.py finetune
+                 --recipe mim_refiner_1|mim_refiner_10 --lists LIST
                  · eval.py probe --recipe dinov2 --best_epoch · eval.py knn --raw --standardize
   Tables 3, 9    eval.py cluster --normalization l2
   Table 4        iNat18: eval.py finetune --recipe inat18 --shots 5|10 --splits 3
@@ -48,13 +48,13 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
   Table 7        --model vit_h14 --color|--no_color, evaluated as Table 2
   Table 8        eval.py transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE
   Table 10       The presets.
-  Table 11       eval.py lowshot --raw --image_size 224|518 --lists LIST LIST LIST; DINOv2's own g/14 is not read here
+  Table 11       eval.py lowshot --lists LIST LIST LIST --raw --image_size 224|518; DINOv2's own g/14 is not read here
   Table 12       The recipe inat18 of eval.py's finetune.
   Table 13       eval.py knn --raw --standardize · eval.py knn --last 4 --standardize
   Table 14       eval.py stats
   Figures 1, 2   Table 2's numbers, and hours and FLOPs: --cost --model vit_l16|vit_h14|vit_2b14
   Figure 3       3a: counts of parameters · 3b: eval.py knn --per_block --standardize · 3c, whose task is not said:
-                 eval.py probe --block 20 · eval.py lowshot --block 20 · 3d and Figure 6: eval.py blocks
+                 eval.py probe --block 20 · eval.py lowshot --block 20 --shots 1 · 3d and Figure 6: eval.py blocks
   Figures 4, 8   Drawings.
   Figure 5       eval.py embed --classes LIST
   Figure 7       `head_weights`, of Table 1c.

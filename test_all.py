@@ -6566,6 +6566,67 @@ QUICKLY = {  # what makes each command quick
 }  # fmt: skip
 
 
+def listed_by(program):
+    """{command: its entry} of the list in a paper's docstring. Commands, flags of the program or eval.py's, stand between
+    " · ", commas, colons, semicolons; a|b are several values. An error for a flag within an entry's prose."""
+    section = program.__doc__.split("Tables and figures, by flags")[1]
+    listed = {}
+    for entry in re.findall(r"^  ((?:Table|Figure|Appendix).*(?:\n {4,}.*)*)", section, re.M):
+        label, text = re.split(r" {2,}", entry, maxsplit=1)
+        for piece in re.split(r" · |[,:;] ", " ".join(text.split())):
+            is_command = piece.startswith(("--", "eval.py "))
+            assert is_command or "--" not in piece and "eval.py " not in piece, f"{label}: {piece}"
+            if is_command:
+                listed |= {" ".join(words): label for words in itertools.product(*(w.split("|") for w in piece.split()))}
+    return listed
+
+
+@all_papers
+def test_the_list_of_a_paper_has_all_of_its_tables_and_figures(program):
+    section = program.__doc__.split("Tables and figures, by flags")[1]
+    listed = {"Table": set(), "Figure": {6} if "3d and Figure 6:" in section else set()}
+    for kind, numbers in re.findall(r"^  (Table|Figure)s? ([\d, -]*\d) ", section, re.M):
+        for part in numbers.split(", "):
+            first, _, last = part.partition("-")
+            listed[kind] |= set(range(int(first), int(last or first) + 1))
+    tables, figures = {mae_ct: (22, 11), mim_refiner: (14, 8), can: (11, 16), cmae: (4, 5), vicmae: (10, 2)}[program]
+    assert listed == {"Table": set(range(1, tables + 1)), "Figure": set(range(1, figures + 1))}
+
+
+START = "--epochs 1 --no_eval --image_size 16 --model vit_nano8"
+
+
+@all_papers
+def test_every_training_of_the_list_starts(program, folders, tmp_path, monkeypatch):
+    head = mae_ct.NNCLRHead(16, 16, 16, 8, 32)
+    common.save_file(tmp_path / "head.pt", head.state_dict())
+    monkeypatch.setattr(common, "save_file", mock.Mock())
+    monkeypatch.setattr(common, "save_picture", mock.Mock())
+    monkeypatch.setattr(common, "matmul_rate", mock.Mock(return_value=1.0))
+    more = {mae_ct: "--mae_epochs 1 --head_epochs 1", mim_refiner: "--head_epochs 1", can: "--epoch_images 16",
+            cmae: "--decoder_depth 8", vicmae: "--contrast_from 0"}[program]  # fmt: skip
+    more += " --mae_warmup_epochs 0" if program is mae_ct else " --warmup_epochs 0"
+    started = set()
+    for number, command in enumerate(["--authors", *listed_by(program)]):
+        if command.startswith("eval.py"):
+            continue
+        recipe(program, command)  # as it is: every value is one of its setting's
+        flags = re.sub(r"--(model|epochs|epoch_images|image_size|init) \S+", "", command)
+        depth = 3
+        if re.search("--(heads|head_blocks|frozen)", command):
+            depth = 32 if "vit_h14" in command else 24
+        monkeypatch.setitem(common.VIT_SIZES, "nano", (16, depth, 2))
+        if "--init" in command or program is mim_refiner:
+            encoder = common.ViT(16, 8, 16, depth, 2, post_norm="data2vec2" in command)
+            torch.save(dict(model=encoder.state_dict(), encoder=encoder.config), tmp_path / "mae.pt")
+            flags += f" --init {tmp_path / 'mae.pt'}"
+        flags = " ".join(flags.replace("head.pt", str(tmp_path / "head.pt")).split())
+        if (flags, depth) not in started:
+            tiny(program, folders, tmp_path / str(number), *f"{more} {flags} {START}".split())
+        started.add((flags, depth))
+    assert len(started) > 1
+
+
 def commands_of(program):
     """(words of a command, what it makes) of each line of the docstring's list."""
     for line in program.__doc__.split("Tables and figures")[1].splitlines():
@@ -6589,8 +6650,11 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
     monkeypatch.setattr(protocols, "load_transfer_set", lambda *args: (few, few))
     monkeypatch.setattr(protocols, "linear_fewshot", partial(protocols.linear_fewshot, steps=3))
     sets = {name.lower() for name in torchvision.datasets.__all__} | {"voc2007"}
+    listed = [" ".join(words) for words, _ in commands_of(protocols)]
+    for paper in TINY:
+        listed += [command.removeprefix("eval.py ") for command in listed_by(paper) if command.startswith("eval.py")]
     started = set()
-    for (name, *words), _ in commands_of(protocols):
+    for name, *words in map(str.split, dict.fromkeys(listed)):
         started.add(name)
         if name == "curve":
             main(name, *(re.sub(r"\w+/", "", word) for word in words), program=protocols)
@@ -6602,7 +6666,9 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
         if name == "transfer":
             monkeypatch.setitem(protocols.PROBE_RECIPES, "dinov2", protocols.ProbeRecipe((0.1,), epochs=1, grid=((1, None),)))
             assert sets.issuperset(words[1 : words.index("--against") if "--against" in words else None])
-        words += QUICKLY[name].split()
+        if "--real" in words:
+            Path("FILE").write_text(json.dumps([[0]] * 12))
+        words += [*QUICKLY[name].split(), *["--shots", "1"] * ("--shots" in words)]
         main(name, *given, "--data", data, "--workers 0 --precision float32 --out .", *words, program=protocols)
     assert started == {run.__name__.removeprefix("run_") for run in protocols.PROTOCOLS} | {"curve"}
 

@@ -26,7 +26,7 @@ Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1.
                  · eval.py finetune --recipe vicmae --scratch vit_b16 · Kinetics: eval.py video; TubeViT is quoted
   Table 2        --methods simsiam|vicreg|vicmae · eval.py probe --recipe vicmae
   Table 3        --methods mae|vicmae · eval.py transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd
-                 oxfordiiitpet caltech101 flowers102 FOLDER; Birdsnap and Cars are folders
+                 oxfordiiitpet caltech101 flowers102; Birdsnap and Cars are folders
   Table 4        --gap 0|2|4|8|-1 · eval.py probe --recipe vicmae
   Table 5        --pooling gem|max|mean · eval.py probe --recipe vicmae
   Table 6        --color --crop_min 1 --no_flip · --no_color|--color · eval.py probe --recipe vicmae
