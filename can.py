@@ -24,7 +24,7 @@ Easy to get wrong:
 
 Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
 JFT-300M, here any images, is --epoch_images 1281167; Section 5's ablations are --model vit_b16 --epochs 100.
-  Figure 1       --epoch_images 1281167 --epochs 800|1600|5000 --methods can|simclr|mae · --cost --methods can|simclr|mae
+  Figure 1       --epoch_images 1281167 --epochs 5000 --methods can|simclr|mae, and Table 2's · --cost --methods can|simclr|mae
                  · eval.py probe --recipe lars · eval.py finetune --recipe can
   Figures 2, 3   Drawings.
   Table 1        --model vit_b16 --epochs 100 --lam 1 --sigma_max 0 · --model vit_b16 --epochs 100 --lam 1 --no_level_embedding

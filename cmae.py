@@ -37,9 +37,11 @@ Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
   Figure 2       --epochs 300|800|1600, and Table 2's others.
   Figure 4       4a, whose values are in the picture alone: --epochs 300 --shift 0|16|32|64
                  · as the authors: --epochs 300 --shift 16 --margin 32
-                 · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve --curves mae/finetune.json cmae/finetune.json
+                 · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve
+                 --curves mae/finetune.json cmae/finetune.json
   Figure 5       5a, whose values are in the picture alone: eval.py finetune --recipe partial --blocks 1|4|12
-                 · 0 blocks: eval.py probe --recipe lars · 5b: --model vit_s16|vit_b16|vit_l16 --methods mae|cmae
+                 · 0 blocks: eval.py probe --recipe lars · 5b: --model vit_s16|vit_sw16|vit_b16|vit_l16
+                 --methods mae|cmae
 """
 
 import math
@@ -63,7 +65,7 @@ from eval import FineTuning, check_tuning, evaluate, finetune, recipe
 class Settings(RunSettings):
     """Defaults are those of 4.1 for every size: ViT-S, ViT-B and ViT-L share one recipe (4.6)."""
 
-    model: str = "vit_b16"  # 4.1; vit_s16 and vit_l16 in 4.6
+    model: str = "vit_b16"  # 4.1; vit_s16, vit_l16 in 4.6, which prints no sizes: "small" in the authors' code is vit_sw16
     methods: Literal["cmae", "mae", "mae,cmae"] = "cmae"  # "mae" is the same loop without the contrastive part
     stem: Literal["patch", "conv"] = "patch"  # "conv": the hybrid convolutional ViT of 4.1, CMAE*
     pool: Literal["cls", "mean"] = "mean"  # of the finished encoder; Eq. 2 and 4 average the patches

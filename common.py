@@ -81,11 +81,13 @@ VIT_SIZES = {
     "mini": (192, 8, 6),
     "ti": (192, 12, 3),
     "s": (384, 12, 6),
+    "sw": (768, 8, 8),  # "small" in CMAE's code, after MMPretrain
     "b": (768, 12, 12),
     "l": (1024, 24, 16),
     "h": (1280, 32, 16),
     "2b": (2560, 24, 32),
 }
+MLP_RATIO = {"sw": 3}  # hidden width of the blocks' MLPs in widths D; 4 elsewhere
 
 
 def model_size(name):
@@ -102,7 +104,8 @@ def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch", check
     need(size in VIT_SIZES, f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
     dim, depth, usual_heads = VIT_SIZES[size]
     depth -= stem == "conv"
-    return ViT(image_size, patch_size, dim, depth, heads or usual_heads, post_norm, pool, stem, checkpoint_blocks)
+    how = dict(checkpoint_blocks=checkpoint_blocks, mlp_ratio=MLP_RATIO.get(size, 4))
+    return ViT(image_size, patch_size, dim, depth, heads or usual_heads, post_norm, pool, stem, **how)
 
 
 class ViT(nn.Module):
@@ -117,14 +120,15 @@ class ViT(nn.Module):
         pool: what `pooled` returns, "cls" or "mean" (of the patch tokens).
         stem: "patch", or "conv" for the hybrid of ConvMAE and CMAE 4.1 (`ConvStem`).
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
+        mlp_ratio: hidden width of the MLPs, in widths.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, post_norm=False, pool="cls", stem="patch",
-                 checkpoint_blocks=False):  # fmt: skip
+                 checkpoint_blocks=False, mlp_ratio=4):  # fmt: skip
         super().__init__()
         need(image_size % patch_size == 0, f"image size {image_size} is not divisible by the patch size {patch_size}")
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
-        self.config |= dict(post_norm=post_norm, pool=pool, stem=stem)
+        self.config |= dict(post_norm=post_norm, pool=pool, stem=stem, mlp_ratio=mlp_ratio)
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
         self.checkpoint_blocks = checkpoint_blocks
         self.grid = (image_size // patch_size,) * 2
@@ -134,7 +138,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, *self.grid), requires_grad=False)
         self.embed_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else nn.Identity()
-        blocks = nn.ModuleList(Block(dim, heads, post_norm) for _ in range(depth))
+        blocks = nn.ModuleList(Block(dim, heads, post_norm, mlp_ratio) for _ in range(depth))
         self.add_module("post_blocks" if post_norm else "blocks", blocks)
         self.norm = nn.Identity() if post_norm else nn.LayerNorm(dim, eps=1e-6)
         init_weights(self)
@@ -209,13 +213,13 @@ class Block(nn.Module):
     added to the scores of attention.
     """
 
-    def __init__(self, dim, heads, post_norm=False):
+    def __init__(self, dim, heads, post_norm=False, mlp_ratio=4):
         super().__init__()
         self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
 
     def forward(self, x, drop=None, bias=None):
         keep_attn, keep_mlp = residual_factors(x, drop)
@@ -2875,6 +2879,7 @@ def read_encoder(path):
     if not own:
         print0(f"{path}: {heads} attention heads are assumed of its width of {dim}, and [CLS] as the feature")
     patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
+    hidden = (len(v) for name, v in state.items() if name.endswith("blocks.0.mlp.fc1.weight") and v.ndim)
     config = dict(
         image_size=math.isqrt(rows - 1) * patch_size,
         patch_size=patch_size,
@@ -2884,6 +2889,7 @@ def read_encoder(path):
         post_norm=any(name.startswith("post_blocks.") for name in state),
         pool=pool,
         stem=stem,
+        mlp_ratio=next(hidden, 4 * dim) // dim,
     )
     return state, config
 

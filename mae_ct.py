@@ -117,7 +117,7 @@ class Settings(RunSettings):
 
     # stage head: 4.1, A.2
     head_epochs: Positive = 20
-    head_lr: Positive = 1e-4
+    head_lr: Positive = 1e-4  # times the two views, as the authors' code; A.1 counts them in stage ct alone
     head_temperature: Positive = 0.15
 
     # stage ct: Table 9
@@ -129,7 +129,7 @@ class Settings(RunSettings):
     ema: Fraction = 0.9999  # of the encoder
     ct_head_lr: Positive = 1e-4
     temperature: Positive = 0.2
-    k: Count = 20
+    k: Count = 20  # MAE-CT_aug's ViT-H: 30 in Table 10, 20 in the authors' code
     projector_ema: Fraction = 0.99
     ct_mask_ratio: Ratio = 0.0  # Table 4: 0.75
     aug: bool = False  # MAE-CT_aug: Table 10 and BYOL's augmentations

@@ -87,7 +87,7 @@ class Settings(RunSettings):
     mim: Literal["mae", "data2vec2"] = "mae"  # the masked image model that is refined: pre-norm blocks, or post-norm
 
     # heads: B.2, and the authors' code for what it leaves open
-    heads: Count = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a
+    heads: Count = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a. Table 6 has 13 for H
     head_blocks: str = ""  # any other set of blocks, counted from 1: "20,24" or "17-24" (Tables 1b, 6)
     projector_hidden: Count = 2048
     predictor_hidden: Count = 4096
@@ -98,7 +98,7 @@ class Settings(RunSettings):
     # refinement: Table 10
     epochs: Positive = 30  # MAE L, H; 20 for MAE 2B and data2vec 2.0
     batch: BatchSize = 1024  # 512 for H and 2B
-    lr: Positive = 4e-4  # at batch 256
+    lr: Positive = 4e-4  # at batch 256, as in the authors' code; the table does not say so
     warmup_epochs: Number = 4
     layer_decay: Share = 0.65
     frozen: Whole = 0  # lower blocks; 6 for 2B

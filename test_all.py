@@ -885,7 +885,8 @@ def test_every_size_has_its_number_of_parameters(size):
     dim, depth, heads = common.VIT_SIZES[size]
     with torch.device("meta"):
         encoder = common.build_vit(f"vit_{size}14", 224)
-    block = (3 * dim * dim + 3 * dim) + (dim * dim + dim) + (8 * dim * dim + 5 * dim) + 4 * dim
+    hidden = (3 if size == "sw" else 4) * dim
+    block = (3 * dim * dim + 3 * dim) + (dim * dim + dim) + (2 * hidden * dim + hidden + dim) + 4 * dim
     rest = (3 * 14 * 14 * dim + dim) + dim + (1 + 16 * 16) * dim + 2 * dim  # patches, [CLS], positions, final norm
     assert sum(p.numel() for p in encoder.parameters()) == depth * block + rest
     assert {block.attn.heads for block in encoder.blocks} == {heads}
@@ -6456,9 +6457,10 @@ def test_an_encoder_file_says_what_a_reader_needs(tmp_path):
     common.save_encoder(file, nano(pool="mean"), more=3)
     content = torch.load(file)
     assert content["more"] == 3 and content["encoder"] == dict(
-        image_size=32, patch_size=8, dim=128, depth=2, heads=4, post_norm=False, pool="mean", final_norm=True, stem="patch"
-    )
-    for encoder in (nano(pool="mean"), nano(post_norm=True), nano(dim=24, heads=3)):
+        image_size=32, patch_size=8, dim=128, depth=2, heads=4, post_norm=False, pool="mean", final_norm=True, stem="patch",
+        mlp_ratio=4,
+    )  # fmt: skip
+    for encoder in (nano(pool="mean"), nano(post_norm=True), nano(dim=24, heads=3), nano(mlp_ratio=3)):
         common.save_encoder(file, encoder)
         again = common.load_encoder(file)
         assert torch.equal(again(x), encoder(x)) and again.pool == encoder.pool

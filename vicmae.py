@@ -63,7 +63,7 @@ class Settings(RunSettings):
     methods: str = "vicmae"  # trained one after the other; also mae, and Table 2's simsiam and vicreg
 
     epochs: Positive = 800
-    batch: BatchSize = 4096
+    batch: BatchSize = 4096  # Section 4 says 512
     lr: Positive = 1.5e-4  # at batch 256
     weight_decay: Number = 0.05
     warmup_epochs: Number = 40
@@ -80,7 +80,7 @@ class Settings(RunSettings):
     temperature: Positive = 0.1  # not printed; the authors' later code
     authors_projector: bool = False  # the later code's, see Branch
     reconstruct_both: bool = False  # the authors' later code; Eq. 6 has the first frame alone
-    mask_ratio: Ratio = 0.75  # not printed; MAE's
+    mask_ratio: Ratio = 0.75  # not printed; MAE's; the later code: 0.5
     norm_pix: bool = True  # He et al. 2022
     decoder_dim: Count = 512
     decoder_depth: Whole = 8
