@@ -242,7 +242,8 @@ def pretrain(run, method, f, decoder, branch, videos):
         tokens = f(x, ids_keep)  # [N · F, 1 + K, D]
         step = 1 if s.reconstruct_both else frames  # every frame, or the first of each video
         loss = mae_loss(decoder(tokens[::step], ids_restore[::step]), x[::step], mask[::step], s.norm_pix)
-        return branch.pool(tokens).unflatten(0, (n, frames)).unbind(1), s.mask_weight * loss.view(n, -1).mean(1)
+        features_of_frames = branch.pool(tokens).unflatten(0, (n, frames)).unbind(1)
+        return features_of_frames, s.mask_weight * loss.view(n, -1).mean(1)
 
     def objective(y_i, y_j):
         p_i, p_j = branch(y_i), branch(y_j)  # BatchNorm over one frame of each video
