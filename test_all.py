@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -31,6 +32,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -7088,17 +7090,25 @@ def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path, program, flags, 
 
 
 def seconds(function):
-    start = time.perf_counter()
+    """Of this process on all cores: what else the machine does counts little."""
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def compare(name, ours, other, pairs):
-    """Prints the median ratio of times over alternating pairs."""
+    """Prints the median ratio of CPU times over alternating pairs, and their range."""
     ours(), other()
     ratios = [seconds(other) / seconds(ours) for _ in range(pairs)]
     spread = f"median of {pairs} pairs, {min(ratios):.2f}-{max(ratios):.2f}"
-    print(f"{name}: {statistics.median(ratios):.2f} times as fast ({spread})")
+    common.print0(f"{name}: {statistics.median(ratios):.2f} times as fast ({spread}; {processor()})")
+
+
+def processor():
+    """Its name, and whether it has units for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{(names or [platform.processor()])[0]}, bfloat16: {common.has_bfloat16(CPU.device)}"
 
 
 def with_attention(step, attention, *args):
@@ -7156,9 +7166,115 @@ def bench_step():
     print(f"{32 / compare_attention('MAE step of ViT-B/16', step, pairs=5):.1f} images/s")
 
 
+class PlainMAE(nn.Module):
+    """MAE's step as one writes it from timm's blocks; the masks are drawn as here."""
+
+    def __init__(self, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads):
+        super().__init__()
+        self.embed, self.positions = nn.Conv2d(3, dim, 16, 16), nn.Parameter(0.02 * torch.randn(1, 197, dim))
+        self.cls, self.mask = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        block = timm.models.vision_transformer.Block
+        self.encoder = nn.Sequential(*[block(dim, heads, qkv_bias=True) for _ in range(depth)], nn.LayerNorm(dim))
+        self.map, self.decoder_positions = nn.Linear(dim, decoder_dim), nn.Parameter(torch.zeros(1, 197, decoder_dim))
+        blocks = [block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)]
+        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, 768))
+
+    def forward(self, x, noise):
+        ids_keep, ids_restore, removed = common.random_masking(noise, 0.75)
+        z = common.take(self.embed(x).flatten(2).transpose(1, 2) + self.positions[:, 1:], ids_keep)
+        z = self.map(self.encoder(torch.cat([(self.cls + self.positions[:, :1]).expand(len(x), -1, -1), z], 1)))
+        hidden = self.mask.expand(len(x), 196 - ids_keep.shape[1], -1)
+        z = torch.cat([z[:, :1], common.take(torch.cat([z[:, 1:], hidden], 1), ids_restore)], 1)
+        return common.mae_loss(self.decoder(z + self.decoder_positions)[:, 1:], x, removed).mean()
+
+
+def mae_of_size_s():
+    """The same of this project: encode, and a module of all weights."""
+    encoder = common.build_vit("vit_s16", 224)
+    decoder = common.MAEDecoder(encoder.grid, 16, encoder.dim, 256, 4, 8)
+
+    def encode(x, noise):
+        ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
+        return (), common.mae_loss(decoder(encoder(x, ids_keep), ids_restore), x, mask)
+
+    return encode, nn.ModuleList([encoder, decoder])
+
+
+def bench_plain(batch=8):
+    """A float32 step of MAE, ViT-S/16 at 224 pixels, against the same from timm's blocks."""
+    pixels, noise = pictures(batch, 224, 224), uniform((0,), torch.arange(batch), 196)
+    encode, module = mae_of_size_s()
+    plain = PlainMAE(384, 12, 6, 256, 4, 8)
+    optimizers = [common.adamw(common.parameter_groups(m, 1e-4, 0.05)) for m in (module, plain)]
+    training = common.Training(Run(CPU), "", dict(module=module, optimizer=optimizers[0]), batch, batch, 1)
+
+    def ours():
+        loss, _ = backward(encode, None, (common.augment(pixels), noise))
+        training.take_step(optimizers[0], loss)
+
+    def theirs():
+        loss = plain(tv.normalize(pixels / 255, common.MEAN, common.STD), noise)
+        loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()]).item()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+
+    compare("step of MAE, ViT-S/16, against one of timm's blocks", ours, theirs, pairs=7)
+
+
+def bench_ranks():
+    """A step of MAE on two processes (ViT-S/16 at 224 pixels, 8 images each) against DistributedDataParallel, both with
+    augmentation, norm, finiteness and log."""
+    print(torchrun(__file__, "ranks", "8").stdout, end="")
+
+
+def ranks(batch):
+    """What `bench_ranks` runs on each process."""
+    common.start_processes()
+    rows = torch.arange(int(batch))
+    pixels, noise = pictures(len(rows), 224, 224, seed=common.rank()), uniform((0, common.rank()), rows, 196)
+    (encode, module), (other_encode, other) = mae_of_size_s(), mae_of_size_s()
+    optimizers = [common.adamw(common.parameter_groups(m, 1e-4, 0.05)) for m in (module, other)]
+    training = common.Training(Run(CPU), "", dict(module=module, optimizer=optimizers[0]), 8, 8, 1)
+    other.forward = lambda x, noise: other_encode(x, noise)[1].mean()
+    ddp = nn.parallel.DistributedDataParallel(other)
+
+    def ours():
+        torch.distributed.barrier()
+        for _ in range(2):
+            loss, _ = backward(encode, None, (common.augment(pixels), noise))
+            training.take_step(optimizers[0], loss)
+
+    def theirs():
+        torch.distributed.barrier()
+        for _ in range(2):
+            loss = ddp(common.augment(pixels), noise)
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in other.parameters() if p.grad is not None])
+            means = common.means_over_ranks(dict(loss=loss, norm=norm, stop=torch.zeros(())), CPU.device)
+            if math.isfinite(means["loss"]) and math.isfinite(means["norm"]):
+                optimizers[1].step()
+            optimizers[1].zero_grad()
+
+    compare("step over two processes, against DistributedDataParallel", ours, theirs, pairs=11)
+
+
+def bench_list(files=100_000):
+    """The list of so many files in 1000 class folders against torchvision's ImageFolder."""
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+        for c in range(1000):
+            folder = Path(root, "train", f"n{c:08d}")
+            folder.mkdir(parents=True)
+            for i in range(files // 1000):
+                (folder / f"n{c:08d}_{i}.JPEG").touch()
+        ours, theirs = partial(common.load_images, root, "train"), partial(torchvision.datasets.ImageFolder, f"{root}/train")
+        with contextlib.redirect_stdout(sys.stderr):
+            compare(f"list of {files} files, against ImageFolder", ours, theirs, pairs=7)
+
+
 def bench_input(folder, gpu_rate=1000.0):
-    """Images a second of one worker, two views of 224 pixels and MIM-Refiner's 12, against torchvision's v2 transforms;
-    and the workers that a GPU of an assumed `gpu_rate` in images/s needs."""
+    """Images a second of one worker, two views of 224 pixels and MIM-Refiner's 12, against torchvision's v2 transforms
+    of uint8; and the workers that a GPU of an assumed `gpu_rate` in images/s needs."""
     torch.set_num_threads(1)
     images, s = common.load_images(folder, "train", labels=False), mim_refiner.Settings()
     n = min(len(images), 250)
@@ -7168,13 +7284,13 @@ def bench_input(folder, gpu_rate=1000.0):
         cut, plain = common.RandomCrops(views, 0), []
         for v in views:
             crop = transforms.RandomResizedCrop(v.size, v.scale, interpolation=InterpolationMode.BICUBIC)
-            plain.append(transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()]))
+            plain.append(transforms.Compose([crop, transforms.RandomHorizontalFlip()]))
 
         def ours():
             return [cut(images, 0, i) for i in range(n)]
 
         def theirs():
-            return [[t(image) for t in plain] for image in map(images.open, range(n))]
+            return [[t(image) for t in plain] for image in map(tv.pil_to_tensor, map(images.open, range(n)))]
 
         compare(f"{name} of {n} images, against torchvision's v2", ours, theirs, pairs=5)
         rate = n / seconds(ours)
@@ -7238,4 +7354,4 @@ def bench_eval():
 
 if __name__ == "__main__":
     action, name, *more = sys.argv[1:]
-    {"worker": worker, "bench": lambda name, *more: globals()[f"bench_{name}"](*more)}[action](name, *more)
+    {"worker": worker, "ranks": ranks, "bench": lambda name, *more: globals()[f"bench_{name}"](*more)}[action](name, *more)
