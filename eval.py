@@ -218,8 +218,11 @@ class Job:
         holds no checkpoint to go on from."""
         folder = self.file(f"{self.protocol}.run")
         kept = unless_stopped and (self.resume or any(folder.glob("*.pt")))
-        if rank() == 0 and not kept:
-            shutil.rmtree(folder, ignore_errors=True)
+        if rank() > 0 or kept:
+            return
+        for path in sorted(folder.glob("*.pt")):  # a stop meanwhile leaves a run that can go on, or begin again
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_lines(path):

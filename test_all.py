@@ -5536,6 +5536,19 @@ def test_a_resume_that_is_refused_deletes_nothing(place):
     assert Path("finetune.run/log.jsonl").read_text() == "kept"
 
 
+def test_a_stop_while_a_finished_run_is_cleared_away_leaves_one_that_begins_again(place, monkeypatch):
+    """Checkpoints without the settings that belong to them could neither be resumed nor begun again."""
+    Path("finetune.run").mkdir()
+    for name in ("config.json", "last.pt", "previous.pt", "protocol.json"):
+        Path("finetune.run", name).touch()
+    job = protocols.Job(None, Path("encoder.pt"), "d", Machine(torch.device("cpu")), "finetune")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+        job.close_run()
+    main(*"finetune --encoder encoder.pt --data d --workers 0 --epochs 1 --batch 4 --recipe crop_flip".split(), program=protocols)
+    assert Path("finetune.json").exists() and not Path("finetune.run").exists()
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_lists_are_read_in_any_encoding(tmp_path, encoding):
     (tmp_path / "list").write_bytes(LIST.encode(encoding))
