@@ -239,11 +239,11 @@ class CAN(nn.Module):
         return self.decoder(z, ids_restore, p)
 
     def encode(self, x, noise, sigma, e):
-        """What a sample contributes to the losses by itself.
+        """What a sample contributes to the losses by itself, one after the other.
 
         x [N, V, 3, S, S] views, noise [N, V, T] uniform (the masks), sigma [N, V], e like x.
 
-        Returns:
+        Yields:
             y [N, V, d] pooled patches, L_rec [N] and L_denoise [N], means over the views.
         """
         v = x.shape[1]
@@ -252,26 +252,27 @@ class CAN(nn.Module):
         ids_keep, ids_restore, M = random_masking(noise, self.mask_ratio)  # M [N·V, T], 1 = removed
         z = self.f(x + e, ids_keep)  # [N·V, 1 + T', d]
         y = z.mean(1) if self.authors_model else self.f.pooled(z)
-        y = y.unflatten(0, (-1, v))
+        yield y.unflatten(0, (-1, v))
         if not self.decoder:
-            return y, *y.new_zeros(2, len(y))
+            yield from z.new_zeros(2, len(z) // v)
+            return
         x_hat = self.decode(z, ids_restore, sigma)  # [N·V, T, p·p·3]
         p = self.f.patch_size
         target = patchify(x + e if self.noisy_target else x, p)
         if self.norm_pix:
             target = normalize_patches(target)
-        rec = patch_loss(M, target, x_hat)  # 3.3
-        denoise = patch_loss(1 - M, patchify(e, p), x_hat)  # 3.4
-        return y, rec.view(-1, v).mean(1), denoise.view(-1, v).mean(1)
+        yield patch_loss(M, target, x_hat).view(-1, v).mean(1)  # 3.3
+        yield patch_loss(1 - M, patchify(e, p), x_hat).view(-1, v).mean(1)  # 3.4
 
-    def objective(self, y, rec, denoise):
-        """3.5: L_CAN of the whole batch (its part on this rank), and a dict of the losses that have a weight."""
-        losses = dict(rec=rec.mean(), denoise=denoise.mean())
-        if self.projector:
-            u = normalize(self.projector(y.flatten(0, 1))).unflatten(0, (-1, 2))  # BatchNorm over both views together
-            losses["infonce"] = nt_xent(u[:, 0], u[:, 1], self.temperature)  # 3.2
-        loss = sum(self.weights[name] * value for name, value in losses.items())
-        return loss, {name: value.detach() for name, value in losses.items() if self.weights[name]}
+    def reconstruction(self, rec, denoise):
+        """3.5: what each sample adds to L_CAN by itself, from L_rec and L_denoise [N]."""
+        return self.weights["rec"] * rec + self.weights["denoise"] * denoise
+
+    def objective(self, y):
+        """3.5: what the contrast of the whole batch adds to L_CAN (its part on this rank), and a dict of L_InfoNCE."""
+        u = normalize(self.projector(y.flatten(0, 1))).unflatten(0, (-1, 2))  # BatchNorm over both views together
+        infonce = nt_xent(u[:, 0], u[:, 1], self.temperature)  # 3.2
+        return self.weights["infonce"] * infonce, dict(infonce=infonce.detach())
 
 
 def new_model(s):
@@ -313,17 +314,26 @@ def pretrain(run, method, model, images, s):
         noise = uniform((*key, "mask"), data.rows, s.views, patches, device=device)  # [N, V, T]
         sigma = s.sigma_max * uniform((*key, "sigma"), data.rows, s.views, device=device).to(x)  # [N, V], U[0, max]
 
+        measured = []  # L_rec and L_denoise of every sample, for the log
+
         def encode(x, noise, sigma, rows):
             e = torch.zeros_like(x)
             if s.sigma_max:  # drawn here: a large batch's noise never stands in memory at once
                 e = normal((*key, "noise"), rows, *x.shape[1:], device=device).to(x)
-            return model.encode(x, noise, sigma, e), None
+            encoded = model.encode(x, noise, sigma, e)
+            yield (next(encoded),)
+            rec, denoise = encoded
+            measured.append(torch.stack([rec, denoise]).detach())
+            yield model.reconstruction(rec, denoise)
 
-        # in one piece: loss, losses = model.objective(*encode(*inputs)[0]); loss.backward()
+        # in one piece: y, L = encode(*inputs); loss = model.objective(*y)[0] + L.mean(); loss.backward()
         inputs = (x, noise, sigma, data.rows)
-        loss, losses = backward(encode, model.objective, inputs, s.micro_batch, run.machine.precision)
+        objective = model.objective if model.projector else None
+        loss, losses = backward(encode, objective, inputs, s.micro_batch, run.machine.precision)
         set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * per_epoch))
-        _, log = training.take_step(optimizer, loss, **losses)
+        rec, denoise = torch.cat(measured, 1).mean(1)
+        losses = dict(losses or {}, rec=rec, denoise=denoise)
+        _, log = training.take_step(optimizer, loss, **{name: v for name, v in losses.items() if model.weights[name]})
         training.log(log)
         training.save_if_due()
 
@@ -336,7 +346,11 @@ def multiply_adds(model, views=2):
     x = torch.zeros(n, views, 3, side, side, device=model.f.cls_token.device)
     noise = x.new_zeros(n, views, math.prod(model.f.grid))
     with FlopCounterMode(display=False) as counter:
-        model.objective(*model.encode(x, noise, noise[..., 0], x))[0].backward()
+        y, rec, denoise = model.encode(x, noise, noise[..., 0], x)
+        loss = model.reconstruction(rec, denoise).mean()
+        if model.projector:
+            loss = loss + model.objective(y)[0]
+        loss.backward()
     return counter.get_total_flops() / 2 / n  # the counter gives FLOPs
 
 

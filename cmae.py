@@ -56,7 +56,7 @@ from common import (
     Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce,
     init_encoder, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run,
     parameter_groups, parse_settings, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine,
-    to_bytes, uniform, warmup_cosine, world,
+    to_bytes, uniform, warmup_cosine, without_gradient, world,
 )  # fmt: skip
 from eval import FineTuning, check_tuning, evaluate, finetune, recipe
 
@@ -252,14 +252,15 @@ def pretrain(run, method, online, target, images, lambda_c):
     optimizer = adamw(parameter_groups(online, s.lr * s.batch / 256, s.weight_decay), zero=s.zero)  # 4.1
     state = dict(online=online, target=target, optimizer=optimizer)
 
-    def encode(x_s, x_t, noise_s, noise_t):
+    def target_feature(x_t, noise_t):
+        ids_keep, _, _ = random_masking(noise_t, s.target_mask_ratio)  # at ratio 0 all of them
+        return (target.feature(x_t, ids_keep),)
+
+    def encode(x_s, noise_s, *z_t):
         ids_keep, ids_restore, mask = random_masking(noise_s, s.mask_ratio)
         z_s = F_s(x_s, ids_keep)  # Eq. 1, [N, 1 + K, D]
-        L_r = mae_loss(online.G_p(z_s, ids_restore), x_s, mask, s.norm_pix)  # Eq. 3 and 5, [N]
-        if not lambda_c:
-            return (), L_r
-        ids_t, _, _ = random_masking(noise_t, s.target_mask_ratio)  # at ratio 0 all of them
-        return (online.feature(z_s, ids_restore), target.feature(x_t, ids_t)), L_r
+        yield (online.feature(z_s, ids_restore), *z_t) if lambda_c else ()
+        yield mae_loss(online.G_p(z_s, ids_restore), x_s, mask, s.norm_pix)  # Eq. 3 and 5: L_r [N]
 
     def objective(y_s, z_t):
         y_p = online.predictor(online.projector(y_s))
@@ -275,11 +276,12 @@ def pretrain(run, method, online, target, images, lambda_c):
         if lambda_c:
             x_s, x_t = make_views(data, s, key)
             noise_t = uniform((*key, "target mask"), data.rows, math.prod(F_s.grid), device=device)
+            z_t = without_gradient(target_feature, (x_t, noise_t), s.micro_batch, run.machine.precision)
         else:
-            x_s, x_t, noise_t = augment(data.views[0]), None, None
+            x_s, z_t = augment(data.views[0]), ()
 
         # in one piece: features, L_r = encode(*inputs); loss = objective(*features)[0] + L_r.mean(); loss.backward()
-        inputs = (x_s, x_t, noise_s, noise_t)
+        inputs = (x_s, noise_s, *z_t)
         loss, aux = backward(encode, objective if lambda_c else None, inputs, s.micro_batch, run.machine.precision)
         set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup_epochs * training.per_epoch))
         taken, log = training.take_step(optimizer, loss, **(aux or {}))

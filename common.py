@@ -5,7 +5,7 @@ The sections stand in the order in which a paper's loop meets them; each begins 
     model            ViT, build_vit
     masking, MAE     random_masking, MAEDecoder, mae_loss, reconstruct, pretrain_mae
     contrast         mlp_head, BatchNorm, info_nce, nt_xent, Queue, ema_update
-    the step         backward, parameter_groups, adamw, warmup_cosine, set_lr
+    the step         backward, without_gradient, parameter_groups, adamw, warmup_cosine, set_lr
     random numbers   uniform, normal
     processes        start_machine, gather, rank, world
     views, colours   View, Colour, augment, augment_views
@@ -180,17 +180,21 @@ class ViT(nn.Module):
         """Tokens after the final norm, or the raw outputs of chosen blocks.
 
         Args:
-            x: images [N, 3, H, W]; a grid other than the encoder's own gets interpolated positions.
+            x: images [N, 3, H, W]; a grid other than the encoder's own gets interpolated positions. Or, of frozen blocks,
+                the raw output [N, 1 + K, D] of the last.
             ids_keep: [N, K] indices of the visible patches, or None for all.
             drop: drop-path factors [N, residual_blocks, 2] (see `Block`), the stem's first, or None.
             blocks: numbers of blocks counted from 1, or None.
         Returns:
             [N, 1 + K, D], [CLS] first; with `blocks` a list of such, in the order given, before the final norm.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen == 0):
-            x = self.embed(x, ids_keep, drop)
+        done = self.frozen if x.ndim == 3 else 0
+        if not done:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen == 0):
+                x = self.embed(x, ids_keep, drop)
         outputs = {}
-        for i, block in enumerate(self.stack(), 1):
+        last = max(blocks) if blocks else self.depth
+        for i, block in enumerate(self.stack()[done:last], done + 1):
             block_drop = None if drop is None else drop[:, i - 1 - self.depth]
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self.frozen):
                 if self.checkpoint_blocks:
@@ -734,12 +738,13 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     """Forward and backward of one step, in one piece or in micro-batches with the same numbers.
 
     encode works on each sample by itself, objective on the whole (global) batch. In micro-batches the features are
-    first computed without gradient, the objective then gives the gradient of every feature, and each micro-batch is
-    encoded once more to send its part of that gradient on (Gao et al. 2021, arXiv 2101.06983): the memory is that of a
-    micro-batch, the arithmetic one forward pass more.
+    first computed without gradient, the objective then gives the gradient of every feature, and each micro-batch (but
+    the first, whose activations are kept) is encoded once more to send its part of that gradient on (Gao et al. 2021,
+    arXiv 2101.06983): the memory is that of a micro-batch, the arithmetic one forward pass to the features more.
 
     Args:
-        encode: (*inputs) → (features, loss): a tuple of tensors [n, …], and a loss per sample [n] or None.
+        encode: (*inputs) → (features, loss): a tuple of tensors [n, …], and a loss per sample [n] or None. If it yields
+            one after the other, the first pass asks for the features alone.
         objective: (*features) → (loss, aux): a scalar, averaged over this rank's rows, and anything; or None.
         inputs: tuple of tensors [N, …] (or None entries) of this rank; all randomness is in them.
         micro_batch: samples of this rank at a time; 0 for all. Its number must divide N.
@@ -747,15 +752,29 @@ def backward(encode, objective, inputs, micro_batch=0, precision=torch.float32):
     Returns:
         (loss, aux): the detached loss of this rank, and the objective's second value (None without objective).
     """
+    chunks = in_chunks(inputs, micro_batch)
+    precision = autocast(inputs[0].device, precision)
+    if len(chunks) == 1:
+        return backward_whole(encode, objective, inputs, precision)
+    return backward_in_pieces(encode, objective, chunks, len(inputs[0]), precision)
+
+
+@torch.no_grad()
+def without_gradient(function, inputs, micro_batch=0, precision=torch.float32):
+    """function(*inputs), a tuple of tensors [N, …], by micro-batches: what frozen blocks or a target encoder make of the
+    inputs, once before `backward`, which would compute it in both passes. Arguments as there."""
+    with autocast(inputs[0].device, precision):
+        parts = [function(*chunk) for chunk in in_chunks(inputs, micro_batch)]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def in_chunks(inputs, micro_batch):
+    """A list of the inputs of each micro-batch, in the order of the samples."""
     n = len(inputs[0])
     micro_batch = micro_batch or n
     need(n % micro_batch == 0, f"micro-batches of {micro_batch} do not divide {n} samples")
-    pieces = n // micro_batch
-    precision = autocast(inputs[0].device, precision)
-    if pieces == 1:
-        return backward_whole(encode, objective, inputs, precision)
-    split = [[None] * pieces if t is None else t.split(micro_batch) for t in inputs]
-    return backward_in_pieces(encode, objective, list(zip(*split)), n, precision)
+    split = [[None] * (n // micro_batch) if t is None else t.split(micro_batch) for t in inputs]
+    return list(zip(*split))
 
 
 def backward_whole(encode, objective, inputs, precision):
@@ -775,10 +794,13 @@ def backward_in_pieces(encode, objective, chunks, n, precision):
     """`backward` in micro-batches: `chunks` is a list of the inputs of each, n the samples of all."""
     loss, aux = torch.zeros((), device=chunks[0][0].device), None
     gradients = [()] * len(chunks)  # of the features of each chunk
+    with precision:
+        first = iter(encode(*chunks[0]))
+        kept = next(first)
     if objective:
         with torch.no_grad(), precision:
-            cached = [encode(*chunk)[0] for chunk in chunks]
-        features = [torch.cat(parts).requires_grad_() for parts in zip(*cached)]
+            others = [next(iter(encode(*chunk))) for chunk in chunks[1:]]  # no loss of a sample
+        features = [torch.cat(parts).detach().requires_grad_(parts[0].requires_grad) for parts in zip(kept, *others)]
         with precision:
             loss, aux = objective(*features)
         Bucket.more_passes = True
@@ -790,7 +812,7 @@ def backward_in_pieces(encode, objective, chunks, n, precision):
     for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
         Bucket.more_passes = i < len(chunks) - 1  # gradients of the last pass go to the other ranks while it runs
         with precision:
-            features, sample_loss = encode(*chunk)
+            features, sample_loss = (kept, next(first)) if chunk is chunks[0] else encode(*chunk)
         pairs = list(zip(features, gradient))
         if sample_loss is not None:
             pairs.append((sample_loss, torch.full_like(sample_loss, 1 / n)))

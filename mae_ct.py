@@ -77,7 +77,7 @@ from common import (
     adamw, augment, augment_views, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
     load_encoder, load_file, load_splits, load_state, mae_loss, mlp_head, model_size, need, new_decoder, new_encoder,
     normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, rank, reconstruction_rows,
-    save_encoder, save_file, set_lr, start_machine, tell_proportions, uniform, warmup_cosine,
+    save_encoder, save_file, set_lr, start_machine, tell_proportions, uniform, warmup_cosine, without_gradient,
 )  # fmt: skip
 from eval import center_views, evaluate, features
 
@@ -251,9 +251,15 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
     mask_ratio = s.ct_mask_ratio if stage == "ct" else 0
     oracle = s.oracle and stage == "ct"
 
-    def encode(x1, x2, noise):
+    def both(x1, x2, noise):  # views as images, or as `lower` leaves them
         ids_keep = random_masking(torch.cat(noise.unbind(1)), mask_ratio)[0] if mask_ratio else None
-        return f.pooled(f(torch.cat([x1, x2]), ids_keep)).chunk(2), None  # y1, y2 [N, D]
+        return torch.cat([x1, x2]), ids_keep
+
+    def lower(*views):
+        return f(*both(*views), blocks=[frozen])[0].chunk(2)  # each [N, 1 + K, D]
+
+    def encode(*views):
+        return f.pooled(f(*both(*views))).chunk(2), None  # y1, y2 [N, D]
 
     state = dict(encoder=f, ema=f_m, head=head, optimizer=optimizer)
     training = Training(run, stage, state, len(images), s.batch, epochs)
@@ -271,6 +277,8 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
                 y1, y2, data.index, data.labels, dice, temperature, k, s.nn_lookup, oracle, s.stop_gradient
             )
 
+        if frozen:
+            x1, x2 = without_gradient(lower, (x1, x2, noise), s.micro_batch, run.machine.precision)
         # in one piece: loss, aux = objective(*encode(x1, x2, noise)[0]); loss.backward()
         loss, aux = backward(encode, objective, (x1, x2, noise), s.micro_batch, run.machine.precision)
         set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total))
@@ -296,10 +304,9 @@ def combined_pretraining(run, f, decoder, head, images):
         x = torch.cat([x1, x2])
         ids_keep, ids_restore, mask = random_masking(torch.cat(noise.unbind(1)), s.mask_ratio)
         tokens = f(x, ids_keep)
+        yield f.pooled(tokens.detach() if s.detach else tokens).chunk(2)
         loss1, loss2 = mae_loss(decoder(tokens, ids_restore), x, mask, s.norm_pix).chunk(2)
-        if s.detach:
-            tokens = tokens.detach()
-        return f.pooled(tokens).chunk(2), (loss1 + loss2) / 2
+        yield (loss1 + loss2) / 2
 
     state = dict(encoder=f, decoder=decoder, head=head, optimizer=optimizer)
     training = Training(run, "combined", state, len(images), s.mae_batch, s.mae_epochs)

@@ -74,7 +74,7 @@ from common import (
     View, Whole, adamw, augment_views, backward, check_batch, check_masking, draw_curves, ema_update, frozen_copy, gather,
     launch, load_splits, model_size, need, new_decoder, new_encoder, normalize, open_run, parameter_groups,
     parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, tell_proportions, uniform,
-    warmup_cosine,
+    warmup_cosine, without_gradient,
 )  # fmt: skip
 from eval import evaluate, knn_per_block
 
@@ -338,9 +338,12 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
     if s.color:
         colours = [*BYOL, *[LOCAL_COLOURS] * s.local_views]  # Table 10: "see BYOL"
 
+    def lower(*resolutions):  # [N, V, 1 + L, D] each
+        return [f(x.flatten(0, 1), blocks=[frozen])[0].unflatten(0, x.shape[:2]) for x in resolutions]
+
     def encode(*resolutions):
         y = []
-        for x in resolutions:  # [N, V, 3, S, S]
+        for x in resolutions:  # [N, V, 3, S, S], or as `lower` leaves it
             cls = [tokens[:, 0] for tokens in f(x.flatten(0, 1), blocks=blocks)]
             cls = [f.norm(c) if b == f.depth else c for b, c in zip(blocks, cls)]  # the last block's alone
             y.append(torch.stack(cls, 1).unflatten(0, x.shape[:2]))  # [N, V, H, D]
@@ -363,6 +366,8 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
             losses, aux = heads.loss(y, data.index, data.labels, dice, temperature, k, **how)
             return sum(weight * loss for weight, loss in zip(weights, losses)), aux
 
+        if 0 < frozen < blocks[0]:
+            resolutions = without_gradient(lower, resolutions, s.micro_batch, run.machine.precision)
         # in one piece: loss, aux = objective(*encode(*resolutions)[0]); loss.backward()
         loss, aux = backward(encode, objective, resolutions, s.micro_batch, run.machine.precision)
         measured = dict(losses=aux["losses"])

@@ -235,15 +235,15 @@ def pretrain(run, method, f, decoder, branch, videos):
     state = dict(encoder=f, decoder=decoder, branch=branch, optimizer=optimizer)
 
     def encode(x, noise):
-        """Frames [N, F, 3, S, S], noise [N, F, L] → the pooled features of the F frames, the loss of Eq. 6 [N]."""
+        """Frames [N, F, 3, S, S], noise [N, F, L] → the pooled features of the F frames; then the loss of Eq. 6 [N]."""
         n, frames = x.shape[:2]
         x = x.flatten(0, 1)  # a video's frames side by side
         ids_keep, ids_restore, mask = random_masking(noise.flatten(0, 1), s.mask_ratio)
         tokens = f(x, ids_keep)  # [N · F, 1 + K, D]
+        yield branch.pool(tokens).unflatten(0, (n, frames)).unbind(1)
         step = 1 if s.reconstruct_both else frames  # every frame, or the first of each video
         loss = mae_loss(decoder(tokens[::step], ids_restore[::step]), x[::step], mask[::step], s.norm_pix)
-        features_of_frames = branch.pool(tokens).unflatten(0, (n, frames)).unbind(1)
-        return features_of_frames, s.mask_weight * loss.view(n, -1).mean(1)
+        yield s.mask_weight * loss.view(n, -1).mean(1)
 
     def objective(y_i, y_j):
         p_i, p_j = branch(y_i), branch(y_j)  # BatchNorm over one frame of each video
