@@ -3017,17 +3017,19 @@ class Detector(MaskRCNN):
         heads.fg_bg_sampler = partial(sample, self.rois, 0.25, (*key, "proposals"), rows)
         proposals, matched, labels, shifts = heads.select_training_samples(proposals, targets)
         sizes = [self.size] * len(proposals)
-        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(levels, proposals, sizes)))
+        pooled = heads.box_roi_pool(levels, proposals, sizes)
+        found = heads.box_predictor(heads.box_head(pooled))
         logits, moves = (part.split([len(p) for p in proposals]) for part in found)
         boxes = [sum(roi_heads.fastrcnn_loss(a, b, [c], [d])) for a, b, c, d in zip(logits, moves, labels, shifts)]
 
-        of_objects = [label > 0 for label in labels]
-        proposals = [boxes_of[chosen] for boxes_of, chosen in zip(proposals, of_objects)]
-        matched = [index[chosen] for index, chosen in zip(matched, of_objects)]
-        found = promote(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, proposals, sizes))))
+        objects = [label > 0 for label in labels]
+        proposals = [part[chosen] for part, chosen in zip(proposals, objects)]
+        pooled = heads.mask_roi_pool(levels, proposals, sizes)
+        found = promote(heads.mask_predictor(heads.mask_head(pooled)))
         masks = []
-        for one, boxes_of, index, target in zip(found.split([len(p) for p in proposals]), proposals, matched, targets):
-            masks.append(roi_heads.maskrcnn_loss(one, [boxes_of], [target["masks"]], [target["labels"]], [index]))
+        for i, one in enumerate(found.split([len(p) for p in proposals])):
+            truth = [targets[i]["masks"]], [targets[i]["labels"]]
+            masks.append(roi_heads.maskrcnn_loss(one, proposals[i : i + 1], *truth, [matched[i][objects[i]]]))
         return {"rpn": torch.stack(rpn), "boxes": torch.stack(boxes), "masks": torch.stack(masks)}
 
     @torch.no_grad()
@@ -3101,7 +3103,7 @@ def searched(detector, images, order, machine):
 
 def detection_scores(detector, val, machine, batch=8):
     """COCO's average precision of boxes and of masks, {"boxes": {"AP": in percent, …}, "masks": likewise}."""
-    order = [(0, part) for part in torch.arange(rank(), len(val), world()).split(batch)]
+    order = [(0, part) for part in torch.arange(len(val))[rank() :: world()].split(batch) if len(part)]
     compared = {"boxes": [], "masks": []}
     for _, found, truths in progress(searched(detector, val, order, machine), len(order), "batches of images searched"):
         for kind, rows in compared.items():
@@ -3115,8 +3117,7 @@ def detection_scores(detector, val, machine, batch=8):
     return scores
 
 
-# Mask R-CNN in CMAE's Table 3b, after Li et al. 2021; lr 1e-4 at batch 64, a quarter of an epoch warm-up. ViTDet, with the
-# last block's pyramid: --layer_decay 0.7.
+# Mask R-CNN in CMAE's Table 3b, after Li et al. 2021: lr 1e-4 at batch 64, a quarter of an epoch warm-up
 MASK_RCNN = CROP_FLIP | dict(epochs=100, warmup=0.0025, batch=64, lr=4e-4, weight_decay=0.1, layer_decay=1.0, drop_path=0.1)
 
 
@@ -3195,11 +3196,8 @@ def draw_objects(path, detector, val, machine):
 def run_detect(
     job,
     *,
-    pyramid: Literal["four", "last"] = "four",  # maps of four blocks, or all of the last (ViTDet; --layer_decay 0.7)
-    window: Whole | None = None,  # side of the windows in patches, 0: none; default 14, on the built-in images 0
+    pyramid: Literal["four", "last"] = "four",  # maps of four blocks, or all of the last (ViTDet)
     relative: bool = True,  # relative position bias
-    width: Count | None = None,  # of the detector's maps; default 256, on the built-in images 64
-    rois: Count | None = None,  # proposals an image that are trained on; default 512, on the built-in images 32
     cost: bool = False,  # train nothing: print what a step costs
     **given,
 ):
@@ -3207,18 +3205,20 @@ def run_detect(
     scenes of built-in shapes. --image_size is 1024 by default, 64 for the scenes. Writes detector.pt and draws the first
     validation images."""
     train, val = load_objects(job.data, "train"), load_objects(job.data, "val")
-    patch = job.encoder.patch_size
-    size, scales, changes = 1024, (0.1, 2.0), MASK_RCNN
-    kind = dict(pyramid=pyramid, window=14, relative=relative, width=256, rois=512)
+    patch, depth = job.encoder.patch_size, job.encoder.depth
+    size, scales, kind, changes = 1024, (0.1, 2.0), {}, MASK_RCNN
     if job.data == "shapes":  # chosen on an untrained encoder
-        size, scales, changes = 64, (0.8, 1.25), MASK_RCNN | dict(epochs=2, warmup=0.1, batch=8, lr=6.4e-2)
-        kind |= dict(window=0, width=64, rois=32)
-    kind |= {name: value for name, value in dict(window=window, width=width, rois=rois).items() if value is not None}
+        size, scales = 64, (0.8, 1.25)
+        kind = dict(window=0, width=64, rois=32)
+        changes = changes | dict(epochs=1, warmup=0.1, batch=8, lr=1.6e-2)
+    if pyramid == "last":
+        changes = changes | dict(layer_decay=0.7)
     size = job.image_size or size
+    kind |= dict(pyramid=pyramid, relative=relative)
     s = given_settings(given, train, job.data, "mae", job.encoder, **changes)
     need(patch & (patch - 1) == 0, f"the encoder's patches have {patch} pixels: torchvision's detectors need a power of two")
     need(size % patch == 0, f"--image_size {size} is not divisible by the patch size {patch}")
-    need(job.encoder.depth >= 4, f"the encoder has {job.encoder.depth} blocks, expected at least the 4 whose maps are used")
+    need(depth >= 4, f"the encoder has {depth} blocks, expected at least the 4 whose maps are used")
     settings = dict(image_size=size) | kind | dataclasses.asdict(s)
     if cost:
         run = Run(job.machine, RunSettings(cost=True))

@@ -5054,16 +5054,45 @@ def test_a_vit_b_mask_rcnn_has_vitdets_number_of_parameters(pyramid, published):
     assert model.pyramid.backbone.blocks == [3, 6, 9, 12]
 
 
-DETECT = "detect --image_size 32 --window 3 --width 16 --rois 16 --batch 4 --workers 0 --precision float32 --encoder encoder.pt"
+DETECT = "detect --image_size 32 --batch 4 --workers 0 --precision float32 --encoder encoder.pt"
 
 
 @pytest.fixture
-def with_rectangles(place, monkeypatch):
-    """`place` with an encoder of four blocks; whatever the data are called, they are rectangles."""
+def small_detector(place, monkeypatch):
+    """`place` with an encoder of four blocks, whose Detector is small."""
     torch.manual_seed(0)
     common.save_encoder("encoder.pt", common.ViT(32, 4, 32, 4, 2))
-    monkeypatch.setattr(protocols, "load_objects", lambda data, split: rectangles(8 if split == "train" else 5))
+    model = protocols.Detector
+    small = dict(window=3, width=16, rois=16)
+    monkeypatch.setattr(protocols, "Detector", lambda *sizes, **kind: model(*sizes, **kind | small))
     return place
+
+
+@pytest.fixture
+def with_rectangles(small_detector, monkeypatch):
+    """The same, where whatever the data are called, they are rectangles."""
+    monkeypatch.setattr(protocols, "load_objects", lambda data, split: rectangles(8 if split == "train" else 5))
+    return small_detector
+
+
+@pytest.mark.parametrize("pyramid", ["four", "last"])
+def test_a_folder_of_cocos_layout_is_trained_on_and_searched(small_detector, coco, capsys, pyramid):
+    """With a box of no size, gaps in the categories' numbers, a picture without objects and one of another size than told."""
+    folder, content = coco
+    write_pictures(folder / "val2017", [(40, 60), (30, 20)])
+    write_pictures(folder / "train2017", [(40, 60), (30, 20), (24, 24)])
+    more = dict(id=7, file_name="002.png", width=24, height=25)
+    (folder / "annotations").mkdir()
+    for part, images in (("train", [*content["images"], more]), ("val", content["images"])):
+        (folder / f"annotations/instances_{part}2017.json").write_text(json.dumps(content | dict(images=images)))
+    words = *DETECT.replace("--batch 4", "--batch 2").split(), "--data", folder, "--pyramid", pyramid, "--epochs", 2
+    main(*words, program=protocols)
+    result = json.loads(Path("detect.json").read_text())
+    assert result["boxes"]["AP50"] >= 0 and result["masks"]["medium"] is None and result["settings"]["pyramid"] == pyramid
+    assert result["settings"]["layer_decay"] == dict(four=1.0, last=0.7)[pyramid]
+    told = capsys.readouterr().err
+    assert "skipped" in told and "it has (24, 24) pixels, its annotations are for (24, 25)" in told
+    assert torch.load("detector.pt")["classes"] == ["a", "b", "c"] and Path("detect.png").exists()
 
 
 def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with_rectangles):
@@ -5099,7 +5128,7 @@ def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with
     "flags, message",
     [
         ("--image_size 30", "30 is not divisible by the patch size 4"),
-        ("--encoder odd.pt", "patches have 7 pixels: .* a power of two"),
+        ("--encoder odd.pt --image_size 28", "patches have 7 pixels: .* a power of two"),
         ("--encoder short.pt", "has 3 blocks, expected at least the 4"),
         ("--batch 9", "batch 9 is larger than the training set"),
         ("--pyramid five", "invalid choice: 'five'"),
@@ -5113,11 +5142,7 @@ def test_what_no_detector_can_use_is_named_before_the_work(with_rectangles, monk
         monkeypatch.undo()
         monkeypatch.chdir(with_rectangles)
     with pytest.raises(InputError, match=message):
-        main(
-            *DETECT.replace("32 --window", "28 --window" if "odd" in flags else "32 --window").split(),
-            *flags.split(),
-            program=protocols,
-        )
+        main(*DETECT.split(), *flags.split(), program=protocols)
     assert not Path("detect.run").exists()
 
 
