@@ -26,7 +26,7 @@ Tables and figures, by flags of this program, and by eval.py with --encoder and 
 Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
   Table 1        CMAE's is Table 2's, the others are quoted.
   Table 2        --epochs 800|1600 --stem patch|conv · eval.py finetune --recipe cmae; other rows are quoted
-  Table 3        UperNet and Mask R-CNN are not here yet.
+  Table 3        3a: eval.py segment --head upernet · 3b: eval.py detect
   Table 4        4a: --epochs 300 --methods mae · --epochs 300 --random_crops --feature_depth 0
                  · --epochs 300 --feature_depth 0 · --epochs 300 · 4b: --epochs 300 --random_crops --no_color
                  · --epochs 300 --no_color · 4c: --epochs 300 --feature_depth 0|2|4
