@@ -6601,7 +6601,8 @@ QUICKLY = {  # what makes each command quick
     "probe": "--epochs 1 --batch 2", "lowshot": "--image_size 16", "cluster": "--runs 1", "stats": "", "robust": "",
     "finetune": "--epochs 1 --batch 2 --image_size 16", "retrieve": "--neighbours 2 --samples 2", "embed": "", "knn": "",
     "blocks": "--epochs 1 --batch 8 --dim 8 --heads 1", "colorhist": "--epochs 1 --batch 8", "invariance": "",
-    "segment": "--epochs 1 --batch 8", "transfer": "", "video": "--epochs 1 --batch 4 --frames 2 --temporal 1",
+    "segment": "--epochs 1 --batch 8 --image_size 16", "detect": "--epochs 1 --batch 2 --image_size 32", "transfer": "",
+    "video": "--epochs 1 --batch 4 --frames 2 --temporal 1",
 }  # fmt: skip
 
 
@@ -6686,6 +6687,7 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
     annotated = protocols.Annotated(few.labels, few.classes, pixels=few.pixels, maps=1 + few.pixels[:, 0] // 86)
     monkeypatch.setitem(common.VIT_SIZES, "b", (16, 3, 2))
     monkeypatch.setattr(protocols, "load_annotated", lambda *args: annotated)
+    monkeypatch.setattr(protocols, "load_objects", lambda *args: rectangles(2))
     monkeypatch.setattr(protocols, "load_transfer_set", lambda *args: (few, few))
     monkeypatch.setattr(protocols, "linear_fewshot", partial(protocols.linear_fewshot, steps=3))
     sets = {name.lower() for name in torchvision.datasets.__all__} | {"voc2007"}
@@ -6702,6 +6704,8 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
         Path("LIST").write_text(files if "--lists" in words else "a\nb\n")
         data = folders / ("clips" if name == "video" else "labelled")
         given = [] if "--scratch" in words else ["--encoder", "encoder.pt"]
+        if name == "detect":
+            given = ["--scratch", "vit_nano8"]  # its norms need more channels
         if name == "transfer":
             monkeypatch.setitem(protocols.PROBE_RECIPES, "dinov2", protocols.ProbeRecipe((0.1,), epochs=1, grid=((1, None),)))
             assert sets.issuperset(words[1 : words.index("--against") if "--against" in words else None])
