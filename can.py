@@ -264,12 +264,8 @@ class CAN(nn.Module):
         yield patch_loss(M, target, x_hat).view(-1, v).mean(1)  # 3.3
         yield patch_loss(1 - M, patchify(e, p), x_hat).view(-1, v).mean(1)  # 3.4
 
-    def reconstruction(self, rec, denoise):
-        """3.5: what each sample adds to L_CAN by itself, from L_rec and L_denoise [N]."""
-        return self.weights["rec"] * rec + self.weights["denoise"] * denoise
-
     def objective(self, y):
-        """3.5: what the contrast of the whole batch adds to L_CAN (its part on this rank), and a dict of L_InfoNCE."""
+        """What the whole batch adds to L_CAN (3.5), its part on this rank, and a dict of L_InfoNCE."""
         u = normalize(self.projector(y.flatten(0, 1))).unflatten(0, (-1, 2))  # BatchNorm over both views together
         infonce = nt_xent(u[:, 0], u[:, 1], self.temperature)  # 3.2
         return self.weights["infonce"] * infonce, dict(infonce=infonce.detach())
@@ -324,7 +320,7 @@ def pretrain(run, method, model, images, s):
             yield (next(encoded),)
             rec, denoise = encoded
             measured.append(torch.stack([rec, denoise]).detach())
-            yield model.reconstruction(rec, denoise)
+            yield model.weights["rec"] * rec + model.weights["denoise"] * denoise  # 3.5, without L_InfoNCE
 
         # in one piece: y, L = encode(*inputs); loss = model.objective(*y)[0] + L.mean(); loss.backward()
         inputs = (x, noise, sigma, data.rows)
@@ -347,7 +343,7 @@ def multiply_adds(model, views=2):
     noise = x.new_zeros(n, views, math.prod(model.f.grid))
     with FlopCounterMode(display=False) as counter:
         y, rec, denoise = model.encode(x, noise, noise[..., 0], x)
-        loss = model.reconstruction(rec, denoise).mean()
+        loss = (rec + denoise).mean()
         if model.projector:
             loss = loss + model.objective(y)[0]
         loss.backward()

@@ -157,7 +157,7 @@ class ViT(nn.Module):
         for module in (self.patch_embed, *self.stack()[:blocks]):
             module.requires_grad_(False)
         self.embed_norm.requires_grad_(not embed_norm)
-        if not embed_norm:
+        if self.config["post_norm"] and not embed_norm:
             self.frozen = 0
         self.cls_token.requires_grad_(False)
         self.norm.requires_grad_(blocks < self.depth)

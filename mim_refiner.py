@@ -318,6 +318,13 @@ def head_weights(schedule, progress, heads):
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
+def views_of(s):
+    """The views of an image, 2 global ones and then the local ones, and their colours (Table 10: "see BYOL")."""
+    views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
+    views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
+    return views, [*BYOL, *[LOCAL_COLOURS] * s.local_views] if s.color else [None] * len(views)
+
+
 def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, lr, frozen, k):
     """Stage "refine"; stage "heads" is the same with all blocks frozen and k = 1 (B.3).
 
@@ -332,14 +339,10 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
     groups = parameter_groups(heads, peak, s.head_weight_decay)
     groups += parameter_groups(f, peak, s.weight_decay, s.layer_decay)
     optimizer = adamw(groups, zero=s.zero)  # beta 0.9, 0.95 (Table 10)
-    views = [View(s.image_size, (s.global_scale_min, 1.0))] * 2
-    views += [View(s.local_size, (s.local_scale_min, s.global_scale_min))] * s.local_views
-    colours = [None] * len(views)
-    if s.color:
-        colours = [*BYOL, *[LOCAL_COLOURS] * s.local_views]  # Table 10: "see BYOL"
+    views, colours = views_of(s)
 
     def lower(*resolutions):  # [N, V, 1 + L, D] each
-        return [f(x.flatten(0, 1), blocks=[frozen])[0].unflatten(0, x.shape[:2]) for x in resolutions]
+        return [f(x.flatten(0, 1), blocks=[f.frozen])[0].unflatten(0, x.shape[:2]) for x in resolutions]
 
     def encode(*resolutions):
         y = []
@@ -366,7 +369,7 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
             losses, aux = heads.loss(y, data.index, data.labels, dice, temperature, k, **how)
             return sum(weight * loss for weight, loss in zip(weights, losses)), aux
 
-        if 0 < frozen < blocks[0]:
+        if 0 < f.frozen < blocks[0]:
             resolutions = without_gradient(lower, resolutions, s.micro_batch, run.machine.precision)
         # in one piece: loss, aux = objective(*encode(*resolutions)[0]); loss.backward()
         loss, aux = backward(encode, objective, resolutions, s.micro_batch, run.machine.precision)

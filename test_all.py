@@ -2498,7 +2498,13 @@ def test_can_losses_are_loops_over_the_formulas(variant):
                 expected[name] += ((aim - x_hat[2 * i + v, t]) ** 2).mean().item() / count / 2
         assert rec[i].item() == pytest.approx(expected["rec"], rel=1e-10)
         assert denoise[i].item() == pytest.approx(expected["denoise"], rel=1e-10)
-    assert error(model.reconstruction(rec, denoise), 0.7 * 0.7 * rec + 0.7 * 0.3 * denoise) < 1e-12
+
+
+def test_cans_loss_is_the_weighted_sum_of_those_in_the_log(folders, tmp_path):
+    main(TINY[can], "--data", folders / "flat", "--out", tmp_path / "run", "--micro_batch 4 --lambda_infonce 0.3", program=can)
+    for line in log_of(tmp_path / "run"):
+        expected = 0.3 * line["infonce"] + 0.7 * 0.7 * line["rec"] + 0.7 * 0.3 * line["denoise"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_mae_by_settings_is_maes_loss():
@@ -2508,7 +2514,7 @@ def test_mae_by_settings_is_maes_loss():
     ids_keep, ids_restore, mask = common.random_masking(noise[:, 0], 0.75)
     pred = model.decoder(model.f(x[:, 0], ids_keep), ids_restore)
     assert error(rec, common.mae_loss(pred, x[:, 0], mask, norm_pix=False)) < 1e-12
-    assert torch.equal(model.reconstruction(rec, denoise), rec)
+    assert model.weights == dict(infonce=0, rec=1, denoise=0)
     assert model.projector is None and model.level is None
 
 
