@@ -304,7 +304,8 @@ def picture(path, online, images, s, machine):
     noise = block_noise(key, data.rows, online.F_s.grid, s.mask_block, machine.device)
     rows = [] if s.random_crops else [("master crop", data.views[0].cpu(), None)]
     rows.append(("target view", to_bytes(x_t), None))
-    draw_rows(path, rows + reconstruction_rows(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix))
+    rows += reconstruction_rows(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix)
+    draw_rows(path, rows, caption="at one scale; the input is the online view, the master crop's upper left corner unless crops are random")
 
 
 def last_block(s, dim):

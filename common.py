@@ -42,6 +42,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
@@ -2416,9 +2417,11 @@ class Run:
         return f"go on with {shlex.join([*program, *self.command])}"
 
     def close(self):
-        """Prints the table of results.json, one row a stage."""
+        """Prints the table of results.json, one row a stage; draws the losses."""
         print_table(self.results)
         if not self.settings.cost:
+            if rank() == 0:
+                draw_losses(self.folder)
             print0(f"everything is in {self.folder}")
 
 
@@ -3108,74 +3111,134 @@ def launch(main):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
+TEXT = 16  # pixels of a line's letters
+# Okabe and Ito's colours, which the colour-blind tell apart; a mark is (colour, corners, rotation in degrees)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#F0E442")
+SHAPES = ((24, 0), (4, 0), (3, 0), (4, 45))
+MARKS = [(colour, *shape) for shape, colour in itertools.product(SHAPES, COLOURS)]
+FRAMES = {"query": "black", "same class": COLOURS[0], "another class": COLOURS[1]}
+
 
 def to_bytes(x):
     """Standardised views [N, 3, H, W] → uint8 pictures."""
     return (unstandardise(promote(x)) * 255).round().byte().cpu()
 
 
-def draw_rows(path, rows, side=64):
-    """A picture of captioned rows of images.
-
-    rows: list of (caption, images, frames): images [N, 3, H, W] uint8, shown `side` pixels wide; frames is None or N
-    colours (name or None) drawn around them.
-    """
-    gap, text = 4, 14
-    step_x, step_y = side + gap, side + gap + text
-    width = gap + step_x * max(len(images) for _, images, _ in rows)
-    canvas = Image.new("RGB", (max(width, 240), gap + step_y * len(rows)), "white")
+def blank(width, height):
+    """(A white picture, its pen)."""
+    canvas = Image.new("RGB", (math.ceil(width), math.ceil(height)), "white")
     pen = ImageDraw.Draw(canvas)
-    for row, (caption, images, frames) in enumerate(rows):
-        top = gap + step_y * row + text
-        pen.text((gap, top - text - 2), caption, fill="black")
-        for column, image in enumerate(images):
-            left = gap + step_x * column
-            canvas.paste(to_pil(image).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-            if frames and frames[column]:
-                corners = (left - 2, top - 2, left + side + 1, top + side + 1)
-                pen.rectangle(corners, outline=frames[column], width=2)
-    save_picture(path, canvas)
+    pen.font = ImageFont.load_default(TEXT)
+    return canvas, pen
 
 
-def save_picture(path, canvas):
-    """Writes a PIL image as PNG."""
+def save_picture(path, body, caption="", legend=None):
+    """Writes a PIL image as PNG; below it stand a legend {name: mark} and a caption."""
+    line = round(1.5 * TEXT)
+    _, pen = blank(1, 1)
+    x, y = TEXT, body.height + TEXT // 2
+    places = []
+    for name, mark in (legend or {}).items():
+        width = pen.textlength(name) + 3 * TEXT
+        if places and x + width > body.width:
+            x, y = TEXT, y + line
+        places.append((x, y + TEXT // 2, name, mark))
+        x += width
+    y += line * bool(places)
+    words = textwrap.wrap(caption, body.width // (TEXT // 2))
+    canvas, pen = blank(max([body.width, *(x + pen.textlength(name) + 2 * TEXT for x, _, name, _ in places)]), y + line * len(words))
+    canvas.paste(body)
+    for x, middle, name, mark in places:
+        draw_mark(pen, x, middle, mark, 6)
+        pen.text((x + TEXT, middle), name, fill="black", anchor="lm")
+    for i, text in enumerate(words):
+        pen.text((TEXT // 2, y + line * i), text, fill="black")
     write_atomic(path, lambda f: canvas.save(f, "PNG"))
 
 
-def draw_curves(path, curves, x_label, y_label):
-    """A picture of curves, {name: (x values, y values)}, over common axes that span the data; names stand in a legend."""
-    width, height = 480, 320
-    canvas = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(canvas)
-    xs = list(itertools.chain(*(x for x, _ in curves.values())))
-    ys = list(itertools.chain(*(y for _, y in curves.values())))
-    x_axis = Axis(xs, 48, width - 16)
-    y_axis = Axis(ys, height - 40, 16)
-    for value in sorted(set(xs)) if len(set(xs)) <= 12 else x_axis.ticks():
+def draw_mark(pen, x, y, mark, radius):
+    """A filled polygon."""
+    colour, corners, rotation = mark
+    pen.regular_polygon((x, y, radius), corners, rotation, fill=colour)
+
+
+def draw_rows(path, rows, side=96, caption="", legend=None):
+    """A picture of captioned rows of images, all at one scale.
+
+    rows: list of (caption, images, frames): images [N, 3, S, S] uint8, the smallest of which are shown `side` pixels wide;
+    frames is None or N names of FRAMES (or None) drawn around them. legend: {name: mark} of more than these.
+    """
+    gap, line = 10, round(1.5 * TEXT)
+    legend = dict(legend or {})
+    scale = side / min(images.shape[-1] for _, images, _ in rows)
+    sides = [round(images.shape[-1] * scale) for _, images, _ in rows]
+    width = gap + (gap + max(sides)) * max(len(images) for _, images, _ in rows)
+    canvas, pen = blank(max(width, 5 * side), sum(sides) + (gap + line) * len(rows))
+    top = 0
+    for own, (words, images, frames) in zip(sides, rows):
+        pen.text((gap, top + gap // 2), words, fill="black")
+        top += gap // 2 + line
+        for column, image in enumerate(images):
+            left = gap + (gap + max(sides)) * column
+            canvas.paste(to_pil(image).resize((own, own), Image.Resampling.BICUBIC), (left, top))
+            if frames and frames[column]:
+                colour = FRAMES[frames[column]]
+                legend[frames[column]] = (colour, 4, 0)
+                pen.rectangle((left - 3, top - 3, left + own + 2, top + own + 2), outline=colour, width=3)
+        top += own + gap // 2
+    save_picture(path, canvas, caption, legend)
+
+
+def draw_curves(path, curves, x_label, y_label, caption="", joined=True, marked=None):
+    """A picture of curves {name: (x values, y values)}, or of points that are not `joined`, over axes that span the data;
+    those beyond MARKS are gray. marked: {name: x values} to mark at the lower edge."""
+    canvas, pen = blank(800, 500)
+    x_axis = Axis(itertools.chain(*(x for x, _ in curves.values())), 80, 776)
+    y_axis = Axis(itertools.chain(*(y for _, y in curves.values())), 440, 36)
+    for value in x_axis.ticks():
         at = x_axis.place(value)
         pen.line([(at, y_axis.start), (at, y_axis.end)], fill="gainsboro")
-        pen.text((at, y_axis.start + 6), f"{value:.3g}", fill="black", anchor="ma")
+        pen.text((at, y_axis.start + 10), f"{value:,.6g}", fill="black", anchor="ma")
     for value in y_axis.ticks():
         at = y_axis.place(value)
         pen.line([(x_axis.start, at), (x_axis.end, at)], fill="gainsboro")
-        pen.text((x_axis.start - 6, at), f"{value:.3g}", fill="black", anchor="rm")
-    for i, (name, (x, y)) in enumerate(curves.items()):
-        colour = ("steelblue", "darkorange", "seagreen", "firebrick", "slateblue", "gray")[i % 6]
-        points = [(x_axis.place(a), y_axis.place(b)) for a, b in zip(x, y)]
-        pen.line(points, fill=colour, width=2)
-        for a, b in points:
-            pen.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
-        pen.text((x_axis.start + 8, y_axis.end + 2 + 13 * i), name, fill=colour)
-    pen.text(((x_axis.start + x_axis.end) / 2, height - 4), x_label, fill="black", anchor="ms")
-    pen.text((4, 2), y_label, fill="black")
-    save_picture(path, canvas)
+        pen.text((x_axis.start - 8, at), f"{value:,.6g}", fill="black", anchor="rm")
+    pen.text((x_axis.end, y_axis.start + 2 * TEXT), x_label, fill="black", anchor="ra")
+    pen.text((8, 6), y_label, fill="black")
+    legend = dict(zip(curves, MARKS))
+    for name in reversed(curves):  # the first on top
+        mark = legend.setdefault(name, ("silver", 24, 0))
+        points = [(x_axis.place(x), y_axis.place(y)) for x, y in zip(*curves[name])]
+        if joined:
+            pen.line(points, fill=mark[0], width=3)
+        for x, y in points if len(points) <= 50 or not joined else []:
+            draw_mark(pen, x, y, mark, 5 if joined else 3)
+    for name, values in (marked or {}).items():
+        legend[name] = ("black", 3, 0)
+        for value in values:
+            draw_mark(pen, x_axis.place(value), y_axis.start, legend[name], 8)
+    save_picture(path, canvas, caption, legend)
+
+
+def draw_losses(folder):
+    """loss_STAGE.png of each training in a run's log.jsonl: its loss by step, in at most 200 means."""
+    stages = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("loss") is not None:  # it was finite
+            stages.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
+    for stage, points in stages.items():
+        parts = np.array_split(np.array(points), min(200, len(points)))
+        means = np.array([part.mean(0) for part in parts])
+        draw_curves(folder / f"loss_{stage}.png", {stage: means.T.tolist()}, "step", f"loss, mean of {len(parts[0])} steps")
 
 
 class Axis:
     """Places values between the pixels `start` and `end` of a picture."""
 
     def __init__(self, values, start, end):
-        self.low, self.high = min(values), max(values)
+        self.values = sorted(set(values))
+        self.low, self.high = self.values[0], self.values[-1]
         self.start, self.end = start, end
 
     def place(self, value):
@@ -3184,5 +3247,10 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self):
-        """Five values, evenly spread."""
-        return [self.low + i / 4 * (self.high - self.low) for i in range(5)]
+        """The values if they are few whole numbers, else round ones, at most seven."""
+        if len(self.values) <= 12 and all(value % 1 == 0 for value in self.values):
+            return self.values
+        span = (self.high - self.low) or 1
+        power = 10 ** math.floor(math.log10(span))
+        step = power * next(f for f in (0.2, 0.5, 1, 2) if span <= 6 * f * power)
+        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]

@@ -92,7 +92,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageFont
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import betaincinv, gammaln
 from scipy.stats import entropy, rankdata
@@ -114,15 +114,15 @@ from torchvision.transforms.v2 import functional as v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import (
-    BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MEAN, MOTIONS,
-    Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, Training, ViT, View,
-    Whole, adamw, add_flag, augment, autocast, backward, batches, build_vit, check_batch, check_settings,
+    BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MARKS, MEAN, MOTIONS,
+    Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, TEXT, Training, ViT, View,
+    Whole, adamw, add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings,
     check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
     find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, mae_loss,
-    measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table, progress,
-    promote, random_masking, rank, read_json, resize_positions, save_encoder, save_file, save_picture, set_lr,
-    shuffled, split_folder, standardise, start_machine, to_bytes, to_json, to_uint8, torchvision_dataset,
-    understanding, uniform, unstandardise, warmup_cosine, world, write_atomic,
+    measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table, progress, promote,
+    random_masking, rank, read_json, resize_positions, save_encoder, save_file, save_picture, set_lr, shuffled,
+    split_folder, standardise, start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform,
+    unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -1513,19 +1513,33 @@ def cluster(x, y, runs=100, normalization="standardize", precision=torch.float32
     return scores[best] | of_truth | dict(loss=losses[best].item(), average=average), confusion
 
 
-def draw_matrix(path, counts, names, side=480):
-    """A picture of a matrix of counts [rows, columns] as shares of their row, white for 0 to blue for 1; `names` of the
-    rows stand beside them."""
+def shades(share):
+    """Shares […] → colours uint8 […, 3], white for 0 to blue for 1."""
+    return np.round(255 - share[..., None] * np.array([255, 141, 77])).astype(np.uint8)
+
+
+def draw_matrix(path, counts, names, caption=""):
+    """A picture of a matrix of counts [C, C] as shares of their row; `names` stand beside rows and below columns, as many
+    as there is room for."""
+    side = min(800, 160 * len(counts))
+    cell = side / len(counts)
     share = counts / counts.sum(1, keepdims=True).clip(1)
-    shades = 255 - share[..., None] * np.array([247, 207, 148])
-    height = side / len(counts)
-    canvas = Image.new("RGB", (120 + side, side), "white")
-    picture = Image.fromarray(shades.round().astype(np.uint8))
-    canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (120, 0))
-    pen = ImageDraw.Draw(canvas)
-    for i in range(0, len(counts), math.ceil(11 / height)):  # as many as there is room for
-        pen.text((116, (i + 0.5) * height), str(names[i])[:18], fill="black", anchor="rm")
-    save_picture(path, canvas)
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in map(str, names)]
+    _, pen = blank(1, 1)
+    room = max(map(pen.textlength, names)) + TEXT
+    canvas, pen = blank(room + side, TEXT + side + room)
+    canvas.paste(Image.fromarray(shades(share)).resize((side, side), Image.Resampling.NEAREST), (round(room), TEXT))
+    upright = ImageFont.TransposedFont(pen.font, Image.Transpose.ROTATE_90)
+    every = math.ceil(1.2 * TEXT / cell)
+    for i in range(0, len(counts), every):
+        middle = (i + 0.5) * cell
+        pen.text((room - TEXT / 2, TEXT + middle), names[i], fill="black", anchor="rm")
+        pen.text((room + middle - TEXT / 2, side + 1.5 * TEXT), names[i], fill="black", font=upright)
+    for (row, column), value in np.ndenumerate(share) if cell > 2 * TEXT else []:
+        place = (room + (column + 0.5) * cell, TEXT + (row + 0.5) * cell)
+        pen.text(place, f"{100 * value:.0f}", fill="white" if value > 0.5 else "black", anchor="mm")
+    legend = {f"{p} %": (tuple(shades(np.array(p / 100))), 4, 0) for p in (25, 50, 75, 100)}
+    save_picture(path, canvas, caption + (f"; one name in {every} is shown" if every > 1 else ""), legend)
 
 
 def run_cluster(
@@ -1542,25 +1556,28 @@ def run_cluster(
     x, y = features(job.encoder, images, job.machine)
     result, confusion = cluster(x, y, runs, normalization, job.machine.precision)
     if rank() == 0:
-        draw_matrix(job.file("confusion.png"), confusion, images.classes)
+        names = [images.classes[c] for c in y.unique().tolist()]
+        caption = "rows: classes; columns: k-means clusters under the names of the classes that they are matched with; share of the row"
+        draw_matrix(job.file("confusion.png"), confusion, names, caption)
     return result
 
 
 # ------------------------------------------------------------------------------------------------- retrieval and maps
 
 
-def draw_neighbours(path, images, size, index, names, labels):
-    """A picture grid: each row of `index` [R, K] is a row of images under its name; where there are classes, those of the
-    row's label (labels [R]) are framed green, others red."""
+def draw_neighbours(path, images, size, index, names, labels, caption, queries=0):
+    """A picture grid: each row of `index` [R, K] is a row of images under its name; the first `queries` are framed as such,
+    and where there are classes, the others by whether they are of the row's label (labels [R])."""
     rows = []
     for row, name, label in zip(index.cpu(), names, labels.tolist()):
         views = torch.cat([x for x, _ in center_views(images, size, Machine(torch.device("cpu")), row)])
         if images.classes:
-            frames = ["green" if images.labels[i] == label else "red" for i in row]
-            rows.append((f"{name}: {images.classes[label]}", views, frames))
+            frames = ["same class" if images.labels[i] == label else "another class" for i in row]
+            name = f"{name}: {images.classes[label]}"
         else:
-            rows.append((name, views, None))
-    draw_rows(path, rows)
+            frames = [None] * len(row)
+        rows.append((name, views, ["query"] * queries + frames[queries:]))
+    draw_rows(path, rows, caption=caption)
 
 
 def run_retrieve(
@@ -1601,9 +1618,11 @@ def run_retrieve(
     if rank() == 0:
         size = job.encoder.config["image_size"]
         names = [f"image {i}" for i in queries]
-        draw_neighbours(job.file("neighbours.png"), images, size, index, names, y[queries])
+        caption = "nearest images by the cosine similarity of their features, from left to right"
+        draw_neighbours(job.file("neighbours.png"), images, size, index, names, y[queries], caption, queries=1)
         names = [f"cluster {i + 1}" for i in range(len(largest))]
-        draw_neighbours(job.file("clusters.png"), images, size, centre_index, names, centre_y)
+        caption = "images nearest to the centres of k-means clusters, named by most of their images"
+        draw_neighbours(job.file("clusters.png"), images, size, centre_index, names, centre_y, caption)
     if not images.classes:
         return {}
     right = y[index[:, 1:]] == y[queries, None]
@@ -1629,21 +1648,6 @@ def embed(x):
         return centred @ axes.T, f"PCA ({share:.1f} % of the variance); for UMAP: pip install umap-learn"
 
 
-def draw_points(path, points, labels, names, side=480):
-    """A picture of points [N, 2], coloured by label; the first names stand in a legend."""
-    low, high = points.aminmax(dim=0)
-    places = (points - low) / (high - low).clamp(min=1e-12) * (side - 16) + 8
-    canvas = Image.new("RGB", (side + 140, side), "white")
-    pen = ImageDraw.Draw(canvas)
-    colours = []
-    for i, name in enumerate(names):
-        colours.append(f"hsv({360 * i / len(names):.0f}, {90 - 30 * (i % 2)}%, {85 - 25 * (i % 3 == 0)}%)")
-        pen.text((side + 8, 8 + 14 * i), str(name)[:20], fill=colours[i])
-    for (x, y), label in zip(places.tolist(), labels.tolist()):
-        pen.circle((x, side - y), 1.5, fill=colours[label])
-    save_picture(path, canvas)
-
-
 def run_embed(
     job,
     *,
@@ -1657,7 +1661,11 @@ def run_embed(
     x = F.normalize(x, dim=1)
     points, how = embed(x)
     if rank() == 0:
-        draw_points(job.file("embed.png"), points.cpu(), y.cpu(), images.classes)
+        groups = [(str(name), y == c) for c, name in enumerate(images.classes[: len(MARKS)])]
+        groups.append(("others", y >= len(MARKS)))
+        curves = {name: points[chosen].T.tolist() for name, chosen in groups if chosen.any()}
+        caption = f"{len(x)} L2-normalised features by {how}"
+        draw_curves(job.file("embed.png"), curves, "first dimension", "second dimension", caption, joined=False)
     return dict(embedding=how, silhouette=silhouette(x, y))
 
 
@@ -1750,7 +1758,7 @@ def run_blocks(
     if rank() == 0:
         numbers = list(range(2, job.encoder.depth + 1))
         curves = {name: (numbers, values) for name, values in gains.items()}
-        draw_curves(job.file("blocks.png"), curves, "block", "relative improvement")
+        draw_curves(job.file("blocks.png"), curves, "block", "improvement over the block before / the largest")
     result = dict(knn=accuracies, reconstruction=losses, settings=settings)
     return result | {f"{name}_improvement": values for name, values in gains.items()}
 
@@ -1873,7 +1881,7 @@ def run_colorhist(
     errors = colorhist(job.encoder, train, val, job.machine, epochs, batch, lr, softmax)
     if rank() == 0:
         curve = {"histogram prediction error": (list(range(1, len(errors) + 1)), errors)}
-        draw_curves(job.file("colorhist.png"), curve, "block", "% of a uniform guess")
+        draw_curves(job.file("colorhist.png"), curve, "block", "error / % of a uniform guess's")
     return dict(colorhist=errors, last=errors[-1], settings=dict(batch=batch))
 
 
@@ -2630,7 +2638,11 @@ def run_segment(
         predictions = predict(x)
     if rank() == 0:
         maps = [("labels", map_colours(labels + 1), None), ("predictions", map_colours(predictions + 1), None)]
-        draw_rows(job.file("segment.png"), [("images", to_bytes(x), None), *maps], side=96)
+        shown = torch.cat([labels, predictions]).unique().cpu()
+        legend = {}
+        for c, colour in zip(shown.tolist(), map_colours(shown[:, None, None] + 1).flatten(1).tolist()):
+            legend["unlabelled" if c < 0 else str(val.classes[c])] = (tuple(colour), 4, 0)
+        draw_rows(job.file("segment.png"), [("images", to_bytes(x), None), *maps], legend=legend)
     return result | dict(settings=settings)
 
 

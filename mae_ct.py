@@ -345,8 +345,8 @@ def picture_reconstruction(path, encoder, decoder, images, s, machine):
 
 
 def picture_retrieval(path, before, after, images, s, machine):
-    """Figure 11: queries of six classes and their nearest neighbours, by features [N, D] before and after tuning; green
-    frames are the query's class."""
+    """Figure 11: queries of six classes and their nearest neighbours, by features [N, D] before and after tuning; frames
+    say which are of the query's class."""
     y = images.labels.tolist()
     rows = []
     for c, name in enumerate(images.classes[:6]):
@@ -354,9 +354,9 @@ def picture_retrieval(path, before, after, images, s, machine):
         for model, x in (("MAE", normalize(before)), ("MAE-CT", normalize(after))):
             nearest = (x @ x[query]).topk(min(9, len(x))).indices.cpu()  # the query itself comes first
             pictures, _ = next(center_views(images, s.image_size, machine, nearest))
-            frames = ["black"] + ["limegreen" if y[i] == c else "red" for i in nearest[1:]]
+            frames = ["query"] + ["same class" if y[i] == c else "another class" for i in nearest[1:]]
             rows.append((f"{model}: {name}", pictures.cpu(), frames))
-    draw_rows(path, rows)
+    draw_rows(path, rows, caption="nearest images by the cosine similarity of their features, from left to right")
 
 
 def new_head(encoder, s):

@@ -3752,11 +3752,31 @@ def test_classes_of_a_file_are_clustered_alone(tmp_path):
             protocols.of_classes(images, tmp_path / "names")
 
 
-def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest(tmp_path):
-    protocols.draw_matrix(tmp_path / "m.png", np.array([[9, 1], [0, 4]]), ["one", "two"], side=40)
+def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest_and_names_rows_and_columns(tmp_path):
+    protocols.draw_matrix(tmp_path / "m.png", np.array([[9, 1], [0, 4]]), ["one", "name of 24 letters or more"])
     found = np.array(Image.open(tmp_path / "m.png")).astype(int).sum(-1)
-    (most, little), (none, everything) = found[np.ix_([14, 34], [134, 154])]
+    left = found.shape[1] - 320
+    (most, little), (none, everything) = found[16:336, left:][np.ix_([40, 200], [40, 200])]
     assert everything < most < little < none == 3 * 255
+    for beside in (found[16:336, :left], found[336 : 336 + left, left:].T):  # in the direction of reading
+        short, long = ((half < 300).any(0).nonzero()[0] for half in beside.reshape(2, 160, -1))
+        assert 0 < np.ptp(short) < 40 < 120 < np.ptp(long) < left
+    many = np.eye(200, dtype=int)
+    protocols.draw_matrix(tmp_path / "m.png", many, range(200))
+    found = np.array(Image.open(tmp_path / "m.png")).astype(int).sum(-1)
+    names = (found[:824, : found.shape[1] - 800] < 300).any(1)
+    assert np.diff(names.astype(int), prepend=0).clip(0).sum() == 40  # lines of text: every fifth name has room
+
+
+def test_confusion_leaves_out_classes_without_images(folders, tmp_path):
+    labels = torch.tensor([0, 2, 2, 0, 2, 0])
+    images = Images(labels, ["first", "absent", "last"], pixels=pictures(6, 32, 32))
+    job = protocols.Job(vit().float(), tmp_path / "encoder.pt", "", CPU)
+    with mock.patch.object(protocols, "load_splits", return_value=(images, images)):
+        with mock.patch.object(protocols, "draw_matrix") as draw:
+            protocols.run_cluster(job, runs=2)
+    _, confusion, names, _ = draw.call_args.args
+    assert names == ["first", "last"] and confusion.sum(1).tolist() == [3, 3]
 
 
 # --------------------------------------------------------------------------------------------------------- few labels
@@ -3907,12 +3927,16 @@ def test_retrieval_draws_nearest_neighbours_and_cluster_centres(job):
     assert list(found.values()) == pytest.approx([100 * same.double().mean().item() for same in right])
 
 
-def test_a_picture_of_neighbours_frames_the_rows_class_green(tmp_path):
-    images = Images(torch.tensor([0, 1, 0]), list("ab"), pixels=pictures(3, 16, 16))
-    protocols.draw_neighbours(tmp_path / "n.png", images, 16, torch.tensor([[2, 1]]), ["row"], torch.tensor([0]))
-    found = np.array(Image.open(tmp_path / "n.png"))
-    green, red = ((found == colour).all(-1).any(0) for colour in ((0, 128, 0), (255, 0, 0)))
-    assert green[:72].any() and red[72:].any() and not red[:70].any()
+@pytest.mark.parametrize("classes", ["ab", ""])
+def test_a_picture_of_neighbours_frames_the_query_and_hits_by_class(tmp_path, classes):
+    images = Images(torch.tensor([0, 1, 0]), list(classes), pixels=pictures(3, 16, 16))
+    rows = torch.tensor([[0, 2, 1]]), ["row"], torch.tensor([0])
+    protocols.draw_neighbours(tmp_path / "n.png", images, 16, *rows, "caption", queries=1)
+    found = np.array(Image.open(tmp_path / "n.png"))[60:90]  # rows of pixels amid the images
+    places = [(found == colour).all((0, 2)).nonzero()[0] for colour in ((0, 0, 0), (0, 114, 178), (213, 94, 0))]
+    frames = ([*range(first, first + 3), *range(first + 99, first + 102)] for first in (7, 113, 219))
+    expected = [frame if classes or i == 0 else [] for i, frame in enumerate(frames)]
+    assert [place.tolist() for place in places] == expected
 
 
 def test_an_embedding_is_the_first_two_principal_components_where_umap_is_missing(monkeypatch):
@@ -3932,11 +3956,15 @@ def test_embed_draws_points_in_the_colours_of_their_classes(job, tmp_path):
     assert found["embedding"].startswith(("PCA", "UMAP")) and (tmp_path / "embed.png").exists()
     x, y = protocols.features(job.encoder, coloured(20), CPU)
     assert found["silhouette"] == pytest.approx(protocols.silhouette(x / x.norm(dim=1, keepdim=True), y))
-    protocols.draw_points(tmp_path / "p.png", torch.arange(2.0)[:, None].expand(2, 2), torch.arange(2), ["a", "b"], side=100)
-    picture = np.array(Image.open(tmp_path / "p.png")).astype(int)
-    low_left, high_right = picture[91:94, 7:10].min((0, 1)), picture[7:10, 91:94].min((0, 1))
-    assert low_left[0] > low_left[2] and high_right[2] > high_right[0]  # red, then cyan
-    assert (picture[:, 30:70] == 255).all()
+    points = normal(20, 2)
+    many = [f"class {c}" for c in range(40)]
+    images = dataclasses.replace(coloured(20), labels=2 * torch.arange(20), classes=many)
+    with mock.patch.multiple(protocols, embed=lambda x: (points, "how"), load_splits=lambda *a, **k: (images, images)):
+        with mock.patch.object(protocols, "draw_curves", side_effect=common.draw_curves) as draw:
+            protocols.run_embed(job)
+    curves = draw.call_args.args[1]
+    expected = {many[2 * i]: [[x], [y]] for i, (x, y) in enumerate(points[:16].tolist())}  # 32 marks can be told apart
+    assert curves == expected | {"others": points[16:].T.tolist()}
 
 
 # ------------------------------------------------------------------------------------------------- what features hold
@@ -6727,11 +6755,17 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
 
 def test_a_drawn_picture_holds_the_images_and_their_frames(tmp_path):
     x = pictures(3, 16, 16)
-    common.draw_rows(tmp_path / "p.png", [("row", x, ["red", None, "black"]), ("another", x[:1], None)], side=16)
+    large = pictures(1, 24, 24)
+    rows = [("row", x, ["query", None, "another class"]), ("another", x[:1], None), ("larger", large, None)]
+    common.draw_rows(tmp_path / "p.png", rows, side=16)
     canvas = np.array(Image.open(tmp_path / "p.png"))
-    windows = np.lib.stride_tricks.sliding_window_view(canvas, (16, 16, 3))[:, :, 0]
-    assert sum((windows == image.permute(1, 2, 0).numpy()).all((2, 3, 4)).sum() for image in x) == 4
-    assert (canvas == [255, 0, 0]).all(-1).sum() >= 4 * 16  # a frame around 16 x 16
+
+    def found(image):
+        windows = np.lib.stride_tricks.sliding_window_view(canvas, (*image.shape[1:], 3))[:, :, 0]
+        return (windows == image.permute(1, 2, 0).numpy()).all((2, 3, 4)).sum()
+
+    assert [found(image) for image in (*x, *large)] == [2, 1, 1, 1]  # all at one scale
+    assert (canvas == [213, 94, 0]).all(-1).sum() >= 3 * 4 * 16  # a frame around 16 x 16
 
 
 def test_curves_are_lists_of_files_or_numbers_of_several_files(tmp_path, monkeypatch):
@@ -6760,10 +6794,34 @@ def test_drawn_curves_stand_where_their_values_are(tmp_path):
     curves = {"a": ([1, 2, 3], [10, 30, 20]), "b": ([1, 3], [10.0, 30.0])}
     common.draw_curves(tmp_path / "c.png", curves, "x", "y")
     canvas = np.array(Image.open(tmp_path / "c.png"))
-    blue, orange = ((canvas == c).all(-1) for c in ([70, 130, 180], [255, 140, 0]))  # steelblue, darkorange
-    left, right, top, bottom = 48, canvas.shape[1] - 16, 16, canvas.shape[0] - 40
-    assert blue[top, (left + right) // 2] and blue[(top + bottom) // 2, right] and orange[top, right]
-    assert orange[(top + bottom) // 2, (left + right) // 2] and orange[bottom, left]  # b is drawn last
+    blue, orange = ((canvas == c).all(-1) for c in ([0, 114, 178], [213, 94, 0]))
+    left, right, top, bottom = 80, 776, 36, 440
+    middle, half = (left + right) // 2, (top + bottom) // 2
+    assert blue[top, middle] and blue[half, right] and orange[top, right]
+    assert orange[half, middle] and blue[bottom, left]  # a is drawn last
+    assert (blue[510:].sum(), orange[510:].sum()) > (50, 50)  # the legend
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3e-7, 4e-7), (12.5, 13.1), (0.5, 89), (-10.5, 1e6), (2.5, 2.5)])
+def test_ticks_are_round_and_few(low, high):
+    axis = common.Axis([low, high], 0, 100)
+    ticks = axis.ticks()
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks) and len(ticks) <= 7
+    if high > low:
+        step = ticks[1] - ticks[0]
+        assert len(ticks) >= 2 and f"{step:.0e}"[0] in "125" and step == pytest.approx(float(f"{step:.0e}"))
+
+
+def test_a_run_ends_with_the_curve_of_each_trainings_loss(tmp_path):
+    lines = [dict(stage="a", step=i, loss=i % 2 + (i >= 250)) for i in range(500)]
+    lines += [dict(stage="b", step=0, loss=None), dict(stage="a", step=3, changed={})]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with mock.patch.object(common, "draw_curves", side_effect=common.draw_curves) as draw:
+        common.draw_losses(tmp_path)
+    (call,) = draw.call_args_list
+    x, y = call.args[1]["a"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["loss_a.png"] and len(x) == len(y) == 200
+    assert x[0] == 1 and x[-1] == 498.5 and y[0] == pytest.approx(1 / 3) and y[-1] == 1.5
 
 
 # --------------------------------------------------------------------------------------------------------- all papers
