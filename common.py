@@ -3111,7 +3111,7 @@ def launch(main):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-TEXT = 16  # pixels of a line's letters
+TEXT, LINE = 16, 24  # heights of letters and of a line in pixels
 # Okabe and Ito's colours, which the colour-blind tell apart; a mark is (colour, corners, rotation in degrees)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#F0E442")
 SHAPES = ((24, 0), (4, 0), (3, 0), (4, 45))
@@ -3134,25 +3134,22 @@ def blank(width, height):
 
 def save_picture(path, body, caption="", legend=None):
     """Writes a PIL image as PNG; below it stand a legend {name: mark} and a caption."""
-    line = round(1.5 * TEXT)
-    _, pen = blank(1, 1)
-    x, y = TEXT, body.height + TEXT // 2
-    places = []
-    for name, mark in (legend or {}).items():
-        width = pen.textlength(name) + 3 * TEXT
-        if places and x + width > body.width:
-            x, y = TEXT, y + line
-        places.append((x, y + TEXT // 2, name, mark))
-        x += width
-    y += line * bool(places)
+    legend = legend or {}
     words = textwrap.wrap(caption, body.width // (TEXT // 2))
-    canvas, pen = blank(max([body.width, *(x + pen.textlength(name) + 2 * TEXT for x, _, name, _ in places)]), y + line * len(words))
+    canvas, pen = blank(body.width, body.height + LINE * (len(legend) + len(words) + 1))
     canvas.paste(body)
-    for x, middle, name, mark in places:
-        draw_mark(pen, x, middle, mark, 6)
-        pen.text((x + TEXT, middle), name, fill="black", anchor="lm")
-    for i, text in enumerate(words):
-        pen.text((TEXT // 2, y + line * i), text, fill="black")
+    x, y = body.width, body.height - TEXT / 2
+    for name, mark in legend.items():
+        width = pen.textlength(name) + 3 * TEXT
+        if x + width > body.width:
+            x, y = TEXT, y + LINE
+        draw_mark(pen, x, y, mark, 6)
+        pen.text((x + TEXT, y), name, fill="black", anchor="lm")
+        x += width
+    for text in words:
+        y += LINE
+        pen.text((TEXT / 2, y), text, fill="black", anchor="lm")
+    canvas = canvas.crop((0, 0, body.width, y + LINE))
     write_atomic(path, lambda f: canvas.save(f, "PNG"))
 
 
@@ -3168,24 +3165,23 @@ def draw_rows(path, rows, side=96, caption="", legend=None):
     rows: list of (caption, images, frames): images [N, 3, S, S] uint8, the smallest of which are shown `side` pixels wide;
     frames is None or N names of FRAMES (or None) drawn around them. legend: {name: mark} of more than these.
     """
-    gap, line = 10, round(1.5 * TEXT)
     legend = dict(legend or {})
-    scale = side / min(images.shape[-1] for _, images, _ in rows)
-    sides = [round(images.shape[-1] * scale) for _, images, _ in rows]
-    width = gap + (gap + max(sides)) * max(len(images) for _, images, _ in rows)
-    canvas, pen = blank(max(width, 5 * side), sum(sides) + (gap + line) * len(rows))
-    top = 0
-    for own, (words, images, frames) in zip(sides, rows):
-        pen.text((gap, top + gap // 2), words, fill="black")
-        top += gap // 2 + line
+    widths = [images.shape[-1] for _, images, _ in rows]
+    scale = side / min(widths)
+    step = 10 + round(scale * max(widths))
+    columns = max(len(images) for _, images, _ in rows)
+    canvas, pen = blank(max(10 + step * columns, 5 * side), (LINE + step) * len(rows))
+    for row, (words, images, frames) in enumerate(rows):
+        own = round(scale * widths[row])
+        top = LINE + 4 + (LINE + step) * row
+        pen.text((10, top - TEXT), words, fill="black", anchor="lm")
         for column, image in enumerate(images):
-            left = gap + (gap + max(sides)) * column
+            left = 10 + step * column
             canvas.paste(to_pil(image).resize((own, own), Image.Resampling.BICUBIC), (left, top))
             if frames and frames[column]:
                 colour = FRAMES[frames[column]]
                 legend[frames[column]] = (colour, 4, 0)
                 pen.rectangle((left - 3, top - 3, left + own + 2, top + own + 2), outline=colour, width=3)
-        top += own + gap // 2
     save_picture(path, canvas, caption, legend)
 
 

@@ -1557,7 +1557,7 @@ def run_cluster(
     result, confusion = cluster(x, y, runs, normalization, job.machine.precision)
     if rank() == 0:
         names = [images.classes[c] for c in y.unique().tolist()]
-        caption = "rows: classes; columns: k-means clusters under the names of the classes that they are matched with; share of the row"
+        caption = "rows: classes; columns: k-means clusters, by the classes that they are matched with; share of the row"
         draw_matrix(job.file("confusion.png"), confusion, names, caption)
     return result
 
