@@ -2983,6 +2983,8 @@ def square_positions(table, path):
 def load_file(path):
     """torch.load of tensors and plain values only (argparse.Namespace is allowed for the public MAE files)."""
     need(Path(path).is_file(), f"{path}: no such file")
+    if Path(path).suffix == ".safetensors":
+        return load_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -2999,6 +3001,18 @@ def load_file(path):
             f"    state = content.state_dict() if hasattr(content, 'state_dict') else content.get('model', content)\n"
             f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
         ) from e
+
+
+def load_safetensors(path):
+    """The tensors of a safetensors file, if that package is installed."""
+    try:
+        import safetensors.torch as reader
+    except ImportError as e:
+        raise InputError(f"{path}: to read it, pip install safetensors") from e
+    try:
+        return reader.load_file(path)
+    except Exception as e:  # SafetensorError
+        raise InputError(f"{path} is not a readable safetensors file ({e})") from e
 
 
 def is_torch_file(path):
@@ -3114,8 +3128,8 @@ def launch(main):
 TEXT, LINE = 16, 24  # heights of letters and of a line in pixels
 # Okabe and Ito's colours, which the colour-blind tell apart; a mark is (colour, corners, rotation in degrees)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#F0E442")
-SHAPES = ((24, 0), (4, 0), (3, 0), (4, 45))
-MARKS = [(colour, *shape) for shape, colour in itertools.product(SHAPES, COLOURS)]
+POLYGONS = ((24, 0), (4, 0), (3, 0), (4, 45))
+MARKS = [(colour, *shape) for shape, colour in itertools.product(POLYGONS, COLOURS)]
 FRAMES = {"query": "black", "same class": COLOURS[0], "another class": COLOURS[1]}
 
 
@@ -3162,11 +3176,11 @@ def draw_mark(pen, x, y, mark, radius):
 def draw_rows(path, rows, side=96, caption="", legend=None):
     """A picture of captioned rows of images, all at one scale.
 
-    rows: list of (caption, images, frames): images [N, 3, S, S] uint8, the smallest of which are shown `side` pixels wide;
+    rows: list of (caption, images, frames): N images [3, S, S] uint8, the smallest of which are shown `side` pixels wide;
     frames is None or N names of FRAMES (or None) drawn around them. legend: {name: mark} of more than these.
     """
     legend = dict(legend or {})
-    widths = [images.shape[-1] for _, images, _ in rows]
+    widths = [images[0].shape[-1] for _, images, _ in rows]
     scale = side / min(widths)
     step = 10 + round(scale * max(widths))
     columns = max(len(images) for _, images, _ in rows)

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -5155,7 +5156,7 @@ def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with
     assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())
     before = torch.load("encoder.pt")["model"]
     assert not torch.equal(saved[0]["pyramid.backbone.encoder.blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
-    assert Image.open("broken/detect.png").size == (4 + 5 * 132, 4 + 3 * 146) and not Path("broken/detect.run").exists()
+    assert Image.open("broken/detect.png").size == (10 + 5 * 138, 3 * 162 + 16) and not Path("broken/detect.run").exists()
 
 
 @pytest.mark.parametrize(
@@ -6733,7 +6734,7 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
         started.add(name)
         if name == "curve":
             main(name, *(re.sub(r"\w+/", "", word) for word in words), program=protocols)
-            assert Image.open("curve.png").size == (480, 320)
+            assert Image.open("curve.png").width == 800
             continue
         Path("LIST").write_text(files if "--lists" in words else "a\nb\n")
         data = folders / ("clips" if name == "video" else "labelled")
@@ -6748,6 +6749,77 @@ def test_every_command_of_the_list_of_tables_runs(folders, tmp_path, monkeypatch
         words += [*QUICKLY[name].split(), *["--shots", "1"] * ("--shots" in words)]
         main(name, *given, "--data", data, "--workers 0 --precision float32 --out .", *words, program=protocols)
     assert started == {run.__name__.removeprefix("run_") for run in protocols.PROTOCOLS} | {"curve"}
+
+
+# ------------------------------------------------------------------------------------------------------------- README
+
+
+def blocks_of_readme(language):
+    """Its blocks of code."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+
+
+def test_commands_of_the_readme_run(folders, tmp_path, monkeypatch):
+    """In their order and folder, on one process and tiny data: /path/to/kinetics are clips, /path/to/… pictures, a file of
+    weights that is not there is a tiny encoder, and tiny settings stand behind a command's own, unless it resumes."""
+    monkeypatch.chdir(tmp_path)
+    started, runs = set(), 0
+    for line in "\n".join(blocks_of_readme("sh")).replace("\\\n", "").splitlines():
+        found = re.search(r"(\w+)\.py\b([^#]*)", line)
+        if not found or found[1] == "test_all":
+            continue
+        program, words = sys.modules[found[1]], found[2].split()
+        for i, word in enumerate(words):
+            if word.startswith("/path/to/"):
+                words[i] = folders / ("clips" if "kinetics" in word else "labelled")
+            elif word.endswith((".pt", ".pth")) and not Path(word).exists():
+                torch.save(dict(model=common.ViT(16, 8, 128, 6, 4).state_dict()), word)
+        if program is protocols:
+            words += ["--workers", "0", *QUICKLY[words[0]].split()]
+        elif "--resume" not in words:
+            runs += 1
+            words += [] if "--data" in words else ["--data", folders / "labelled"]
+            words += f"{TINY[program]} --micro_batch 4".split()
+        main(*words, program=program)
+        started.add(found[1])
+    assert started >= {"mae_ct", "mim_refiner", "vicmae", "eval"} and len(list(tmp_path.glob("runs/*/encoder.pt"))) == runs
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_python_of_the_readme_runs(folders, tmp_path, monkeypatch, pool):
+    """With pictures for /path/to/…; what begins with no import is an excerpt of a file."""
+    monkeypatch.chdir(tmp_path)
+    encoder = vit(pool=pool).float().eval()
+    Path("runs/001").mkdir(parents=True)
+    common.save_encoder("runs/001/encoder.pt", encoder)
+    sources = [[line.strip() for line in Path(program.__file__).read_text().splitlines()] for program in TINY]
+    found, x = {}, normal(3, 3, 32, 32).float()
+    for block in blocks_of_readme("python"):
+        if not block.startswith(("import", "from")):
+            rests = [iter(source) for source in sources]
+            assert any(all(line.strip() in rest for line in block.splitlines()) for rest in rests), block  # in this order
+            continue
+        names = {}
+        exec(re.sub("/path/to/pictures", str(folders / "flat"), re.sub("/path/to/imagenet", str(folders / "labelled"), block)), names)
+        found |= names
+    expected = encoder.pooled(encoder(x))
+    assert error(found["model"](x), expected) < 1e-5
+    assert len(found["x"]) == 8 and found["loss"].isfinite()
+    read = common.load_encoder("encoder.safetensors", pool=pool, heads=4)
+    assert error(read.pooled(read(x)), expected) < 1e-6
+    Path("encoder.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(InputError, match="no.* a readable safetensors file"):
+        common.load_encoder("encoder.safetensors")
+
+
+def test_flags_that_the_readme_names_exist():
+    known = {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    for kind in [*(program.Settings for program in TINY), protocols.FineTuning]:
+        known |= {field.name for field in dataclasses.fields(kind)}
+    for function in (protocols.start_job, protocols.run_curve, *protocols.PROTOCOLS):
+        known |= set(inspect.signature(function).parameters)
+    named = re.findall(r"(?<![\w-])--(?:no_(?=\w))?([a-z][\w-]*)", (HERE / "README.md").read_text())
+    assert len(named) > 50 and set(named) - known == set()
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
