@@ -80,34 +80,34 @@ class Settings(RunSettings):
     methods: str = "can"  # can, simclr, mae, or several of them, one after the other
 
     # what distinguishes the methods (METHODS) and their ablations
-    lambda_infonce: Fraction = 0.03  # Section 5, Figure 7 left
+    lambda_infonce: Fraction = 0.03  # weight of the contrast; Section 5, Figure 7 left
     lam: Fraction = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
     mask_ratio: Ratio = 0.5  # 3.1; the authors' code: 0.75
-    sigma_max: Number = 0.05  # Section 5, Figure 7 middle; in units of standardised pixels; the authors' code: 0.1
-    level_embedding: bool = True  # 3.4; Table 1's "+noise, +loss" is without. Not printed: sinusoids' number and unit
-    views: Count = 2  # 3.1
+    sigma_max: Number = 0.05  # largest noise, in standardised pixels; Section 5, Figure 7 middle; the authors' code: 0.1
+    level_embedding: bool = True  # 3.4, of the noise; Table 1's "+noise, +loss" is without. Not printed: sinusoids' number and unit
+    views: Count = 2  # crops of an image; 3.1
     strength: Fraction = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone; the authors' code: 0.5
     scale_min: Share = 0.08  # of the random crops' area (Chen et al. 2020); the authors' code: 0.2
     bilinear: bool = False  # resize crops so, as the authors' code, instead of bicubically
 
     # losses
-    temperature: Positive = 0.1  # 3.2
+    temperature: Positive = 0.1  # of the contrast's softmax; 3.2
     norm_pix: bool = False  # reconstruct patches normalised one by one; Table 4's L_rec of 0.17 is not of such
     noisy_target: bool = False  # reconstruct the noisy view, as the authors' code; 3.4 can be read so
     authors_model: bool = False  # head, pooling and level embedding of their code, see CAN
     projector_hidden: Count = 4096  # Appendix C, projection head architecture
-    projector_dim: Count = 128  # the same
+    projector_dim: Count = 128  # width of the embeddings, the same
     decoder_dim: Count = 512  # Appendix C, decoder architecture
-    decoder_depth: Whole = 8
-    decoder_heads: Count = 16
+    decoder_depth: Whole = 8  # blocks of the pixel decoder
+    decoder_heads: Count = 16  # attention heads of the pixel decoder
 
     # optimisation: Table 6
-    epochs: Positive = 800  # Table 3
+    epochs: Positive = 800  # over the training images; Table 3
     epoch_images: Whole = 0  # images an epoch is counted in; 0: those of the data. 4.1, JFT-300M: 1281167
-    batch: BatchSize = 4096
-    lr: Positive = 1.25e-4  # at batch 256; the views do not count
-    weight_decay: Number = 0.1
-    warmup_epochs: Number = 40
+    batch: BatchSize = 4096  # global: of all processes together
+    lr: Positive = 1.25e-4  # learning rate at batch 256; the views do not count
+    weight_decay: Number = 0.1  # AdamW's, of all but biases and norms
+    warmup_epochs: Number = 40  # epochs in which the learning rate rises
 
 
 # Table 6 (ImageNet), Table 7 (JFT-300M): CAN and SimCLR

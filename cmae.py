@@ -72,41 +72,41 @@ class Settings(RunSettings):
 
     # optimisation: 4.1
     epochs: Positive = 1600  # 4.6; 300 in Section 4.4, 800 and 1600 in Table 2
-    batch: BatchSize = 4096
-    lr: Positive = 1.5e-4  # at batch 256
-    warmup_epochs: Number = 40
-    weight_decay: Number = 0.05
+    batch: BatchSize = 4096  # global: of all processes together
+    lr: Positive = 1.5e-4  # learning rate at batch 256
+    warmup_epochs: Number = 40  # epochs in which the learning rate rises
+    weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
 
     # masked autoencoder: 3.1, 3.3, "following MAE"
     mask_ratio: Ratio = 0.75  # authors' configs: 0.65
-    mask_block: Count = 1  # patches; authors' configs: 2, that is, blocks of 2 x 2 patches
-    norm_pix: bool = True  # 3.3
-    decoder_dim: Count = 512  # He et al. Table 1b
-    decoder_depth: Whole = 8  # He et al. Table 1a
-    decoder_heads: Count = 16
+    mask_block: Count = 1  # side in patches of the blocks that are removed; authors' configs: 2
+    norm_pix: bool = True  # targets are normalised patch by patch; 3.3
+    decoder_dim: Count = 512  # width of the pixel decoder; He et al. Table 1b
+    decoder_depth: Whole = 8  # blocks of the pixel decoder; He et al. Table 1a
+    decoder_heads: Count = 16  # attention heads of the pixel decoder
     scale_min: Share = 0.2  # of the random crops' area; not printed, the authors' code
 
     # views: 3.2, Table 4b
-    shift: Whole = 32  # p: r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
+    shift: Whole = 32  # pixels p, r_w, r_h in [0, p); Figure 4a varies it, 0 shifts nothing
     margin: FromMinusOne = -1  # of the master crop, pixels; −1: p, as 3.2 words it; the authors' is 32 for every p
     random_crops: bool = False  # two crops of their own instead of one master crop
-    color: bool = True  # of the target view
+    color: bool = True  # the target view changes its colours
 
     # contrast: 3.1, 3.3, Table 4
     feature_depth: Whole = 2  # blocks of the feature decoder, Table 4c; 0: the mean of the visible tokens, no decoder
     share_decoder: bool = False  # Table 4c: the feature decoder's blocks are the first ones of the pixel decoder
-    target_mask_ratio: Ratio = 0.0  # Table 4e
-    loss: Literal["infonce", "byol"] = "infonce"  # Eq. 7, or 4.4
-    temperature: Positive = 0.07  # Eq. 7
-    lambda_c: Number = 1.0  # Eq. 8, Table 4d; the authors' code has 2 * temperature = 0.14 more in L_c: 0.14 is theirs
-    ema: Fraction = 0.996  # mu
-    head_hidden: Count = 1536  # not printed, the authors' code
-    head_dim: Count = 256
+    target_mask_ratio: Ratio = 0.0  # share of the patches removed from the target's view; Table 4e
+    loss: Literal["infonce", "byol"] = "infonce"  # contrast: InfoNCE, or BYOL's; Eq. 7, or 4.4
+    temperature: Positive = 0.07  # of the contrast's softmax; Eq. 7
+    lambda_c: Number = 1.0  # weight of L_c: Eq. 8, Table 4d; the authors' L_c has a factor 2 * temperature: 0.14 is theirs
+    ema: Fraction = 0.996  # mu, the share of the target that stays at a step
+    head_hidden: Count = 1536  # width of projector's and predictor's hidden layers; not printed, the authors' code
+    head_dim: Count = 256  # width of the embeddings
 
     # fine-tuning of the last block, in the closing table: 4.5, He et al. A.1 and Table 9
-    finetune_epochs: Positive = 100
-    finetune_lr: Positive = 1e-3  # at batch 256
-    finetune_batch: Count = 1024
+    finetune_epochs: Positive = 100  # of the last block's fine-tuning, by which it is judged
+    finetune_lr: Positive = 1e-3  # learning rate of that, at batch 256
+    finetune_batch: Count = 1024  # global batch of that
 
 
 # 3.2, "color transfer"; not printed, the authors' code

@@ -28,6 +28,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -35,6 +36,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import shlex
@@ -46,10 +48,12 @@ import textwrap
 import time
 import zipfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
+import scipy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,6 +76,14 @@ def need(condition, message):
     """Raises InputError unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def optional(module, remedy):
+    """A module that the project does without; if it is not installed, an error that says how."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f"{module} is not installed: {remedy}") from e
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -950,7 +962,30 @@ def start_machine(precision="auto", workers=-1):
         workers = min(max(cores, 1), 12)
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
+    print0(f"{device_name(device)}; processes: {world()}; precision: {precision}; workers: {workers}")
     return Machine(device, getattr(torch, precision), workers)
+
+
+def device_name(device):
+    """What the maker calls a GPU or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):  # other systems than Linux; processors without a name
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return platform.machine()
+
+
+def made_by(machine):
+    """What results depend on beside their settings: command line, versions, hardware."""
+    return dict(
+        command=shlex.join(sys.argv),
+        versions={m.__name__: m.__version__ for m in (torch, torchvision, np, scipy)},
+        python=platform.python_version(),
+        device=device_name(machine.device),
+        processor=device_name(torch.device("cpu")),
+        processes=world(),
+        precision=str(machine.precision),
+    )
 
 
 def start_processes():
@@ -1315,7 +1350,7 @@ def load_splits(data, labels=False, val=True, load=None, **how):
         return train, None
     val = load(data, "val", False, **how)
     if not val.classes:
-        print0(f"no evaluation on {data}: its validation images lie in no class folders")
+        print0(f"no evaluation on {data}: its validation images lie in no class folders, and no list beside has their labels")
         return train, None
     odd = sorted(set(train.classes) ^ set(val.classes))
     need(not odd, f"--data {data}: training and validation folders have different classes ({', '.join(map(str, odd[:5]))})")
@@ -1346,19 +1381,24 @@ def load_images(data, split, labels=True):
 def load_folder(data, split, labels):
     """`load_images` of a folder."""
     folder = split_folder(data, split)
+    listed = Path(f"{folder}.txt")
     has_split = folder != Path(data)
     need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
     need(has_split or split == "val" or split_folder(data, "val") == folder,
          f"--data {data}: there are images to evaluate on, but no train/")  # fmt: skip
     ignored = collections.Counter()
+    print0(f"looking for images in {folder}")
     files = find_files(folder, SUFFIXES, ignored)
     need(files, f"--data {data}: no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
     start = len(os.path.join(folder, ""))
     loose = next((f for f in files if os.sep not in f[start:]), None)
-    need(not (loose and labels), f"--data {data}: labels are needed, but {loose} lies in no class folder of {folder}")
     numbers, classes = torch.full((len(files),), -1), []
     if not loose:
         numbers, classes = class_labels(files, folder)
+    elif has_split and listed.is_file():
+        numbers, classes = listed_labels(files, listed)
+    need(classes or not labels, f"--data {data}: labels are needed, but {loose} lies in no class folder of {folder}, and "
+                                f"there is no {listed} with a line NAME CLASS for each image")  # fmt: skip
     said = f"{len(classes)} classes" if classes else f"no labels: {loose} lies in no class folder"
     others = "".join(f", {count} {suffix or 'other files'} ignored" for suffix, count in ignored.most_common(4))
     print0(f"{folder}: {len(files)} images, {said}{others}")
@@ -1400,10 +1440,41 @@ def leads_back(path):
 def class_labels(files, folder):
     """(labels [N], class names) of paths in class folders below `folder`."""
     start = len(os.path.join(folder, ""))
-    of_file = [file[start:].partition(os.sep)[0] for file in files]
+    return numbered([file[start:].partition(os.sep)[0] for file in files])
+
+
+def listed_labels(files, path):
+    """(labels [N], class names) of paths by a text file with a line NAME CLASS for each, the name with or without its suffix,
+    what stands behind of no matter: Kaggle's LOC_val_solution.csv for ImageNet, for one."""
+    listed = {}
+    for line in read_lines(path):
+        words = re.split(r"[\s,]+", line)
+        listed[Path(words[0]).name] = words[1:2]
+    of_file = [listed.get(Path(file).name) or listed.get(Path(file).stem) for file in files]
+    missing = next((file for file, found in zip(files, of_file) if not found), None)
+    need(missing is None, f"{path} has no line NAME CLASS for {missing}")
+    return numbered([found[0] for found in of_file])
+
+
+def numbered(of_file):
+    """(numbers [N], names in order) of names."""
     classes = sorted(set(of_file))
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[name] for name in of_file]), classes
+
+
+def read_lines(path):
+    """The lines of a text file that say something."""
+    need(Path(path).is_file(), f"{path}: no such list")
+    raw = Path(path).read_bytes()
+    encodings = ["utf-16"] if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
+    try:
+        text = raw.decode(encodings[0])
+    except UnicodeDecodeError:
+        text = raw.decode(encodings[-1], errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    need(lines, f"{path}: the list is empty")
+    return lines
 
 
 def file_names(files):
@@ -1466,6 +1537,9 @@ def to_pil(x):
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # whatever the name; Pillow's others may start programs
+if find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
+    SUFFIXES.add(".avif")
+    FORMATS += ("AVIF",)
 
 
 def read_image(path):
@@ -1551,7 +1625,7 @@ def torchvision_dataset(name, download=True, **choice):
             dist.barrier()
         return cls("data", **choice)
     except Exception as e:  # also of names that are no data set
-        raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e})") from e
+        raise InputError(f"--data {name.lower()}: torchvision could not provide it ({e}); a folder will do too") from e
 
 
 def draw_per_class(labels, key, count=None, fraction=None, skip=0):
@@ -1762,29 +1836,51 @@ def shuffled(count, batch, first, total, seed):
 
 def decode(images, order, cut, machine):
     """Yields (views, index) on the device for each (epoch, index [n]) of `order`: workers open each image once, and
-    cut(images, epoch, index) makes all its views.
+    cut(images, epoch, index) makes all its views. Each worker makes a part of every batch and is two parts ahead, so that
+    shared memory holds two batches, however many workers there are.
 
     Unreadable images are replaced by the next readable one; each is named once and counted in machine.unreadable.
     """
     device = machine.device
+    order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
         Decoded(images, cut),
-        batch_sampler=([(epoch, i) for i in index.tolist()] for epoch, index in order),
+        batch_sampler=parts_of_batches(ahead, machine),
         num_workers=machine.workers,
         collate_fn=collate,
         worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
-        prefetch_factor=1 if machine.workers > 2 else None,  # batches that a worker holds in shared memory
     )
-    for views, index, bad in watched(loader):
-        if views is None:
-            raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
-        for name, why in bad:
-            if name not in machine.unreadable:
-                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
-            machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
-        views = [v if isinstance(v, list) else v.to(device, non_blocking=True) for v in views]
-        yield views, index.to(device, non_blocking=True)
+    stream = watched(loader)
+    for _, wanted in order:
+        parts = []
+        for _, (views, index, bad) in zip(in_parts(wanted, machine), stream):
+            if views is None:
+                raise InputError(f"100 unreadable images in a row, the last one {bad[-1][0]}: {bad[-1][1]}")
+            for name, why in bad:
+                if name not in machine.unreadable:
+                    print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
+                machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
+            parts.append([v if isinstance(v, list) else v.to(device, non_blocking=True) for v in (*views, index)])
+        *views, index = map(joined, zip(*parts))
+        yield views, index
+
+
+def parts_of_batches(order, machine):
+    """Yields the keys [(epoch, index)] of each worker's part of each batch."""
+    for epoch, index in order:
+        for part in in_parts(index, machine):
+            yield [(epoch, i) for i in part.tolist()]
+
+
+def in_parts(index, machine):
+    """Indices [n] in as many parts as there are workers."""
+    return index.tensor_split(min(max(1, machine.workers), len(index)))
+
+
+def joined(parts):
+    """A view of the workers' parts of a batch: tensors [n, …], or lists."""
+    return list(itertools.chain(*parts)) if isinstance(parts[0], list) else torch.cat(parts)
 
 
 def watched(loader):
@@ -2109,12 +2205,12 @@ class RunSettings:
     """The flags that every paper's program has and no paper speaks of."""
 
     data: str = "shapes"  # a built-in set, a torchvision name, or a folder
-    model: str = ""  # see build_vit
-    image_size: Count = 224  # pixels
+    model: str = ""  # vit_ + size (nano mini ti s b l h 2b) + side of a patch in pixels: vit_b16
+    image_size: Count = 224  # side of the encoder's images in pixels
     out: str = ""  # run folder; default: a fresh numbered one under runs/
     resume: bool = False  # go on with the run in `out`
     init: str = ""  # encoder file to start from
-    seed: Annotated[int, Range(0, 2**63, below=True)] = 0
+    seed: Annotated[int, Range(0, 2**63, below=True)] = 0  # of all random numbers
     authors: bool = False  # settings of the authors' code where it is not the paper's (AUTHORS); other flags win
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has units for it
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
@@ -2127,11 +2223,13 @@ class RunSettings:
     checkpoint_blocks: bool = False  # recompute the encoder's blocks in the backward pass: less memory, a third more time
     zero: bool = False  # spread AdamW's moments over the processes
     compile: bool = False  # torch.compile of the transformer blocks; meant for GPUs, tested on CPUs
+    tensorboard: bool = False  # the numbers of log.jsonl for TensorBoard too, if it is installed
     cost: bool = False  # train nothing: print what a step of each stage costs with these settings
 
 
 # what may differ when a run is resumed: what changes no result, and what helps after a divergence
-FREE_ON_RESUME = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every")
+FREE_ON_RESUME = ("out", "resume", "workers", "micro_batch", "checkpoint_blocks", "zero", "compile", "save_every",
+                  "tensorboard")  # fmt: skip
 REMEDIES = ("precision", "clip_grad", "lr", "mae_lr", "head_lr", "ct_head_lr")
 
 
@@ -2139,20 +2237,31 @@ def parse_settings(cls, presets, argv, description):
     """Command line → settings: defaults of the dataclass, then `presets(given)`, then the flags that were given.
 
     Every field of `cls` is a flag of its name, for a bool with its opposite --no_NAME; --help shows the values that the
-    rest of the command line leads to, explained by the comments of the fields. `presets` gets the given flags as a dict
+    rest of the command line leads to, where it is another beside the recipe's, explained by the comments of the fields,
+    which speak of the latter. `presets` gets the given flags as a dict
     and returns field values, among them the model's row of the paper's table. With --resume the run's config.json is
     the base, and flags that say otherwise are refused.
     """
     title = " ".join((description or "").split("\n\n")[0].split())  # none under python -OO
-    parser = Parser(description=title, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="the settings of this command line [in brackets]")
-    meaning = comments(RunSettings) | comments(cls)
-    flags = [add_flag(parser, f.name, f.type, meaning.get(f.name, "")) for f in dataclasses.fields(cls)]
+    usage = "%(prog)s [--FLAG VALUE ...] [--SWITCH ...]"
+    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    parser = Parser(description=title, usage=usage, **how)
+    of_paper = parser.add_argument_group("of the paper", "its value in brackets; a switch --X has an opposite, --no_X")
+    of_all = parser.add_argument_group("of every program")
+    of_all.add_argument("-h", "--help", action="store_true", help="this text, for the rest of the command line")
+    shared, meaning = comments(RunSettings), comments(cls)
+    flags = []
+    for f in dataclasses.fields(cls):
+        group = of_all if f.name in shared else of_paper
+        flags.append(add_flag(group, f.name, f.type, meaning.get(f.name) or shared.get(f.name, "")))
     given = vars(parser.parse_args(argv))
     if given.pop("help", False):
         values = vars(cls(**{**presets(given), **given}))
+        recipe = vars(cls(**presets(given | dict(data="random"))))
         for flag in flags:
-            flag.help = f"[{values[flag.dest]}] {flag.help}".replace("[] ", "")
+            value, usual = values[flag.dest], recipe[flag.dest]
+            said = value if value == usual or flag.dest in shared else f"{value} instead of {usual}"
+            flag.help = f"[{said}] {flag.help}".replace("[] ", "")
         parser.print_help()
         raise SystemExit(0)
     if given.get("resume"):
@@ -2172,6 +2281,7 @@ def resumed_settings(cls, given):
     config = Path(folder) / "config.json"
     need(folder and config.is_file(), "--resume needs --out DIR with a folder that holds a run")
     saved = read_json(config, "restore it, or start a new run")
+    saved.pop("made_by", None)
     types = {f.name: value_type(f.type) for f in dataclasses.fields(cls)}
     odd = sorted(types.keys() ^ saved.keys())
     odd += [name for name in types.keys() & saved.keys() if not fits(saved[name], types[name])]
@@ -2191,19 +2301,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-class Switch(argparse.Action):
-    """--name and --no_name (or --no-name) of a bool."""
-
-    def __call__(self, parser, namespace, values, flag):
-        setattr(namespace, self.dest, not flag.startswith(("--no_", "--no-")))
-
-
 def add_flag(parser, name, kind, text, **more):
     """Adds --name, of one of the types of settings, to a parser; `more` as of add_argument. Returns argparse's action."""
     text = text.replace("%", "%%")
     kind = without_none(kind)
     if kind is bool:
-        return parser.add_argument(f"--{name}", f"--no_{name}", f"--no-{name}", action=Switch, nargs=0, help=text, **more)
+        off = dict(dest=name, action="store_false", help=argparse.SUPPRESS)
+        parser.add_argument(f"--no_{name}", f"--no-{name}", **off, **more)
+        return parser.add_argument(f"--{name}", action="store_true", help=text, **more)
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
         more["nargs"] = "+"
@@ -2304,6 +2409,8 @@ CHECKPOINTS = ("last.pt", "previous.pt")
 def open_run(settings, machine, command=None):
     """Makes the folder of a run (--out, or a fresh numbered one), or opens it to go on with --resume, and writes config.json.
     `command`: the words of the command line that resumes it, if not this program with --out and --resume."""
+    if settings.tensorboard:
+        summary_writer()
     folder = [str(make_folder(settings))] if rank() == 0 else [""]
     if world() > 1:
         dist.broadcast_object_list(folder, device=machine.device)
@@ -2315,7 +2422,7 @@ def open_run(settings, machine, command=None):
         changes = {name: config[name] for name in REMEDIES if name in config and config[name] != before.get(name)}
     run = Run(machine, settings, folder, changes, command or [sys.argv[0], "--out", str(folder), "--resume"])
     if rank() == 0 and (changes or not settings.resume):
-        write_atomic(folder / "config.json", to_json(config))
+        write_atomic(folder / "config.json", to_json(config | dict(made_by=made_by(machine))))
     if world() > 1:
         dist.barrier()
         need(settings.cost or (folder / "config.json").exists(),
@@ -2323,6 +2430,12 @@ def open_run(settings, machine, command=None):
     if not settings.cost:
         print0(f"run folder {folder}" + (f", resuming {run.checkpoint['stage']}" if run.checkpoint else ""))
     return run
+
+
+def summary_writer():
+    """TensorBoard's class that writes scalars."""
+    remedy = "pip install tensorboard, or leave out --tensorboard: log.jsonl has the same numbers"
+    return optional("torch.utils.tensorboard", remedy).SummaryWriter
 
 
 def make_folder(settings):
@@ -2525,7 +2638,7 @@ class Training:
         self.buckets = []  # of gradients; none on one process
         self.signals = StopSignals(stage, run.how_to_resume())
         self.progress = Progress(stage, self.total, self.step, batch)
-        self.log_file = None
+        self.log_file = self.scalars = None
 
     @property
     def epoch(self):
@@ -2551,6 +2664,8 @@ class Training:
         if self.run.folder:
             self.log_file = self.open_log()
             listening = self.signals
+            if self.log_file and self.run.settings.tensorboard:
+                self.scalars = summary_writer()(self.run.folder / "tensorboard" / self.stage, purge_step=self.step)
         try:
             with listening:
                 for self.step in itertools.count(self.step):
@@ -2559,8 +2674,8 @@ class Training:
                         break
                     yield data
         finally:
-            if self.log_file:
-                self.log_file.close()
+            for file in filter(None, (self.log_file, self.scalars)):
+                file.close()
             for hook in itertools.chain(*(bucket.hooks for bucket in self.buckets)):
                 hook.remove()
         self.run.finish(self.stage)
@@ -2626,6 +2741,8 @@ class Training:
             line |= {name: finite(v) for name, v in values.items()}
             with writing(self.run.folder / "log.jsonl"):
                 self.log_file.write((json.dumps(line) + "\n").encode())
+        for name, v in values.items() if self.scalars else ():
+            self.scalars.add_scalar(name, np.mean(v), self.step)  # of a list the mean
         text = f"epoch {self.epoch + 1}  {'  '.join(scalars)}  {rate:.0f} images/s"
         self.progress.show(self.step + 1, text, show_last=self.run.folder is not None)
 
@@ -2714,16 +2831,17 @@ class Progress:
         return (done - self.first) * self.batch / max(time.monotonic() - self.begin, 1e-9)
 
     def show(self, done, text="", show_last=False):
-        """Shows the line if it is time, and after the last step on a terminal, or where that is wanted."""
+        """Shows the line if it is time, and after the last step where that is wanted, or ends the line on a terminal."""
         now = time.monotonic()
         terminal = sys.stdout.isatty()
         ended = done >= self.total
         pause = 0.5 if terminal else min(60, max(10, (now - self.begin) / 10))
-        if now - self.shown < pause and not (ended and (terminal or show_last)):
+        started = terminal and self.shown > self.begin
+        if now - self.shown < pause and not (ended and (started or show_last)):
             return
         self.shown = now
         left = int((self.total - done) * self.batch / max(self.rate(done), 1e-9))
-        line = f"{self.what}  {done}/{self.total}  {text}  {left // 60}:{left % 60:02d} left"
+        line = f"{self.what}  {done}/{self.total}  {left // 60}:{left % 60:02d} left  {text}"
         if terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
             print0(f"\r{line}\033[K", end="\n" if ended else "")
@@ -2809,28 +2927,46 @@ def peak_memory(device):
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+UNITS = {  # of results, by the ends of their names
+    "%": "knn|probe|cluster_acc|lowshot|finetune|video|miou|accuracy|mean per class|mAP|std|by_split|_cls|_object|_motion",
+    "x 100": "nmi|ami|ari|silhouette",
+    "% of a uniform guess": "colorhist|last",
+}
+
+
+def unit(name):
+    """The unit of a result's number or numbers, "" for one that has none."""
+    name = re.sub("_(by|per)_.*", "", name)
+    return next((found for found, names in UNITS.items() if re.search(f"({names})$", name)), "")
+
+
 def print_table(rows):
-    """Prints {row: {column: number}}; lists are left out."""
+    """Prints {row: {name: number}}, each row as a column; lists are left out."""
     if not rows:
         return
-    columns = [name for name, v in next(iter(rows.values())).items() if not isinstance(v, list)]
-    print0(" " * 15 + "".join(f"{name:>15}" for name in columns))
-    for name, row in rows.items():
-        values = [row.get(column) for column in columns]
+    names = [name for name, v in next(iter(rows.values())).items() if not isinstance(v, list)]
+    print0(" " * 16 + "".join(f"{row:>13}" for row in rows))
+    for name in names:
+        values = [row.get(name) for row in rows.values()]
         values = [value if isinstance(value, int | float) else math.nan for value in values]
-        print0(f"{name:>15}" + "".join(f"{value:15.1f}" for value in values))
+        print0(f"{name:>16}" + "".join(f"{value:13.1f}" for value in values) + f" {unit(name)}".rstrip())
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def save_encoder(path, encoder, **more):
-    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know, **more}.
+    """Writes encoder.pt: {"model": weights under MAE's and timm's names, "encoder": what a reader needs to know, **more}; or
+    encoder.safetensors, by the name's end: the weights, and "encoder" as JSON in the metadata.
 
     "encoder" holds image_size, patch_size, dim, depth, heads, post_norm, pool, final_norm (whether the norm after the
     last block belongs to the feature) and stem.
     """
     config = encoder.config | dict(final_norm=not encoder.config["post_norm"])
+    if Path(path).suffix == ".safetensors":
+        safetensors = optional("safetensors.torch", f"pip install safetensors, or choose another end than that of {path}")
+        write_atomic(path, safetensors.save(encoder.state_dict(), dict(format="pt", encoder=json.dumps(config))))
+        return
     save_file(path, dict(model=encoder.state_dict(), encoder=config, **more))
 
 
@@ -3004,14 +3140,13 @@ def load_file(path):
 
 
 def load_safetensors(path):
-    """The tensors of a safetensors file, if that package is installed."""
+    """{"model": weights, and of a file of ours "encoder"}, as torch.load would give them."""
+    safetensors = optional("safetensors", f"pip install safetensors, or save {path} with torch.save elsewhere")
     try:
-        import safetensors.torch as reader
-    except ImportError as e:
-        raise InputError(f"{path}: to read it, pip install safetensors") from e
-    try:
-        return reader.load_file(path)
-    except Exception as e:  # SafetensorError
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("encoder", "null"))
+            return dict(model={name: file.get_tensor(name) for name in file.keys()}, encoder=about)
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         raise InputError(f"{path} is not a readable safetensors file ({e})") from e
 
 

@@ -118,11 +118,11 @@ from common import (
     Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, TEXT, Training, ViT, View,
     Whole, adamw, add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings,
     check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
-    find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, mae_loss,
-    measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table, progress, promote,
-    random_masking, rank, read_json, resize_positions, save_encoder, save_file, save_picture, set_lr, shuffled,
-    split_folder, standardise, start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform,
-    unstandardise, warmup_cosine, world, write_atomic,
+    find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, made_by,
+    mae_loss, measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table,
+    progress, promote, random_masking, rank, read_json, read_lines, resize_positions, save_encoder, save_file,
+    save_picture, set_lr, shuffled, split_folder, standardise, start_machine, to_bytes, to_json, to_uint8,
+    torchvision_dataset, understanding, uniform, unit, unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
 
@@ -223,20 +223,6 @@ class Job:
         for path in sorted(folder.glob("*.pt")):  # a stop meanwhile leaves a run that can go on, or begin again
             path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_lines(path):
-    """The lines of a text file that say something."""
-    need(Path(path).is_file(), f"{path}: no such list")
-    raw = Path(path).read_bytes()
-    encodings = ["utf-16"] if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
-    try:
-        text = raw.decode(encodings[0])
-    except UnicodeDecodeError:
-        text = raw.decode(encodings[-1], errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    need(lines, f"{path}: the list is empty")
-    return lines
 
 
 def indices_listed_in(path, images):
@@ -474,7 +460,8 @@ def nearest(train_x, test_x, k, chunk=65536, prepare=None):
     parts = test_x.split(1024)
     best = [part.new_empty(len(part), 0) for part in parts]
     indices = [value.long() for value in best]
-    for first in range(0, len(train_x), chunk):
+    starts = range(0, len(train_x), chunk)
+    for first in progress(starts, len(starts), "parts of the training features compared"):
         rows = train_x[first : first + chunk]
         rows = (prepare(rows) if prepare else rows).T
         for i, part in enumerate(parts):
@@ -541,12 +528,12 @@ def knn_per_block(encoder, train, val, machine, blocks=None, bank=100_000, **how
 def run_knn(
     job,
     *,
-    k: list[Count] = (10,),
+    k: list[Count] = (10,),  # neighbours; of several numbers the best counts
     votes: Literal["exp", "similarity"] = "exp",  # weights of the neighbours: DINO's, or those of the papers' texts
-    standardize: bool = False,  # as MIM-Refiner, with --raw
-    raw: bool = False,  # the last block's output before the final norm
-    last: Count = 1,  # last blocks side by side, before the final norm (C.10: 4)
-    per_block: bool = False,  # of each block's output, before the final norm
+    standardize: bool = False,  # features by the training set's mean and deviation: MIM-Refiner, with --raw
+    raw: bool = False,  # the feature is the last block's output before the final norm
+    last: Count = 1,  # number of last blocks side by side, before the final norm (C.10: 4)
+    per_block: bool = False,  # one k-NN of each block's output, before the final norm
 ):
     """Weighted k-NN on cosine similarity (MAE-CT A.3). Several blocks, or with --raw the last, are taken before the final
     norm, as in MIM-Refiner's code: C.10 is `--last 4 --standardize`, Figure 3b `--per_block --standardize`."""
@@ -830,12 +817,12 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
 def run_probe(
     job,
     *,
-    recipe: Literal[tuple(PROBE_RECIPES)] = "mae_ct",  # dinov2: 52 probes; lars: as CAN and MAE
-    epochs: Count | None = None,  # default: the recipe's
-    batch: BatchSize | None = None,  # default: the recipe's
-    last: Count = 1,  # last blocks side by side, several before the final norm
+    recipe: Literal[tuple(PROBE_RECIPES)] = "mae_ct",  # whose settings; dinov2: 52 probes at once; lars: as CAN and MAE
+    epochs: Count | None = None,  # over the training images; default: the recipe's
+    batch: BatchSize | None = None,  # global: of all processes together; default: the recipe's
+    last: Count = 1,  # number of last blocks side by side, several before the final norm
     block: Count | None = None,  # instead: this one, counted from 1, before the final norm (MIM-Refiner Figure 3c)
-    both: bool = False,  # [CLS] and the patches' mean side by side (MAE-CT Table 15)
+    both: bool = False,  # feature: [CLS] and the patches' mean side by side (MAE-CT Table 15)
     cached: bool = False,  # one unaugmented pass instead of crops and flips
     best_epoch: bool = False,  # the epoch of the best accuracy counts, as in MIM-Refiner's code; default: the last
     shots: Count | None = None,  # training images of every class (MIM-Refiner C.6: 1); default: all
@@ -941,7 +928,7 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
     """
     by_split = []
     classes = int(max(y.max(), test_y.max())) + 1
-    for split in splits:
+    for split in progress(splits, len(splits), "classifiers of few labels"):
         few, labels = x[split], y[split]
         if recipe == "logistic":
             few = F.normalize(few - few.mean(1, keepdim=True), dim=1)
@@ -958,8 +945,8 @@ def run_lowshot(
     shots: list[Count] = (1, 2, 5),  # labels a class; CAN: 1 5 10 25
     splits: Count = 3,  # draws of each number of shots
     lists: list[Path] = (),  # instead: files that name the labelled images, one split each
-    recipe: Literal["logistic", "can"] = "logistic",  # can: with --image_size 384
-    raw: bool = False,  # the last block's output before the final norm, as MIM-Refiner
+    recipe: Literal["logistic", "can"] = "logistic",  # the classifier; can: with --image_size 384
+    raw: bool = False,  # the feature is the last block's output before the final norm, as MIM-Refiner
     block: Count | None = None,  # this block's, counted from 1 (MIM-Refiner Figure 3c)
 ):
     """A linear classifier from a few labels a class (MAE-CT A.3; MIM-Refiner C.5; CAN C): one result for each number of
@@ -991,26 +978,26 @@ class FineTuning:
     MIM-Refiner C.9 and CMAE 4.2 refer to; `recipe` changes what other tables and sizes change."""
 
     blocks: FromMinusOne = -1  # last blocks that are tuned; all of them, or -1: stem and [CLS] too; 0: the classifier alone
-    epochs: Positive = 100
+    epochs: Positive = 100  # over the training images
     warmup: Fraction = 0.05  # share of the steps: 5 epochs
-    batch: BatchSize = 1024  # of all processes
-    lr: Positive = 1e-3  # at batch 256
-    min_lr: Number = 0.0  # at which the cosine ends
+    batch: BatchSize = 1024  # global: of all processes together
+    lr: Positive = 1e-3  # highest learning rate, at batch 256
+    min_lr: Number = 0.0  # learning rate at which the cosine ends
     clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
-    weight_decay: Number = 0.05
-    layer_decay: Share = 0.75
+    weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
+    layer_decay: Share = 0.75  # factor of the rate from a block to the one below
     positions: bool = False  # the position table learns too (MIM-Refiner's code); MAE's is fixed
-    drop_path: Ratio = 0.1
-    label_smoothing: Fraction = 0.1
-    randaugment: Whole = 2  # layers; 0: none
-    magnitude: Number = 9.0  # of 10
-    mixup: Number = 0.8  # alpha of the beta distribution; 0: none
-    cutmix: Number = 1.0  # likewise
+    drop_path: Ratio = 0.1  # share of samples that skip the last block's branches, less below
+    label_smoothing: Fraction = 0.1  # share of a target that all classes have alike
+    randaugment: Whole = 2  # operations of RandAugment, one after the other; 0: none
+    magnitude: Number = 9.0  # RandAugment's strength, of 10
+    mixup: Number = 0.8  # alpha of Mixup's beta distribution; 0: none
+    cutmix: Number = 1.0  # alpha of CutMix's; 0: none
     mix_prob: Fraction = 1.0  # share of the pairs that are mixed: the authors' code
     switch_prob: Fraction = 0.5  # of these, the share of CutMix where both are on: the authors' code
-    erasing: Fraction = 0.25  # probability: the authors' code
+    erasing: Fraction = 0.25  # probability of a random box of noise: the authors' code
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
-    seed: Whole = 0
+    seed: Whole = 0  # of all random numbers
 
 
 CROP_FLIP = dict(randaugment=0, mixup=0.0, cutmix=0.0, erasing=0.0)
@@ -1306,7 +1293,7 @@ def given_settings(given, train, data, name, encoder, **changes):
 def run_finetune(
     job,
     *,
-    recipe: Literal[RECIPES] | None = None,  # default mae; shapes for the built-in images
+    recipe: Literal[RECIPES] | None = None,  # whose settings; default mae; shapes for the built-in images
     fraction: Share | None = None,  # of the training images, drawn class by class
     shots: Count | None = None,  # instead: training images of every class (MIM-Refiner C.6: 5, 10)
     splits: Count = 1,  # draws of these, each tuned on by itself; means are reported (C.5, C.6: 3)
@@ -1467,7 +1454,8 @@ def silhouette(x, y, chunk=1024):
     onehot = F.one_hot(y).to(x.dtype)
     size = onehot.sum(0)
     scores = []
-    for part, label, own in zip(x.split(chunk), y.split(chunk), onehot.split(chunk)):
+    parts = list(zip(x.split(chunk), y.split(chunk), onehot.split(chunk)))
+    for part, label, own in progress(parts, len(parts), "parts of the silhouette"):
         sums = torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist") @ onehot  # [n, C]
         inside = (sums * own).sum(1) / (size[label] - 1).clamp(min=1)
         outside = (sums / size).masked_fill((size == 0) | (own == 1), math.inf).amin(1)
@@ -1545,7 +1533,7 @@ def draw_matrix(path, counts, names, caption=""):
 def run_cluster(
     job,
     *,
-    runs: Count = 100,  # of k-means
+    runs: Count = 100,  # of k-means, of which the best counts
     normalization: Literal["standardize", "l2"] = "standardize",  # of features: MAE-CT B.3; MIM-Refiner C.12
     classes: Path | None = None,  # file that names the classes to cluster, one a line
 ):
@@ -1584,7 +1572,7 @@ def run_retrieve(
     job,
     *,
     samples: Count = 8,  # rows of either picture
-    neighbours: Count = 10,  # of each
+    neighbours: Count = 10,  # that are shown of each
     clusters: Whole = 0,  # of k-means; 0: the number of classes
     classes: Path | None = None,  # file that names the classes to search, one a line
 ):
@@ -1601,10 +1589,10 @@ def run_retrieve(
     need(fits, f"{neighbours} neighbours, {k} clusters: the data has {len(images)} images, choose fewer")
     x, y = features(job.encoder, images, job.machine)
 
-    unit = F.normalize(x, dim=1)
+    normal = F.normalize(x, dim=1)
     order = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()
     queries = order[:samples].to(x.device)
-    similarity = (unit[queries] @ unit.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
+    similarity = (normal[queries] @ normal.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
     index = similarity.topk(neighbours + 1, 1).indices
 
     x = z_scores(x)
@@ -1734,11 +1722,11 @@ def improvements(values):
 def run_blocks(
     job,
     *,
-    epochs: Positive | None = None,  # default 20, on the built-in images 8
-    batch: BatchSize | None = None,  # default 4096, built-in 256
-    lr: Positive | None = None,  # at batch 256; default 1.5e-4, built-in 2e-3
-    dim: Count | None = None,  # of the decoders; default 512, built-in 64
-    heads: Count | None = None,  # of the decoders; default 16, built-in 4
+    epochs: Positive | None = None,  # of the decoders; default 20, on the built-in images 8
+    batch: BatchSize | None = None,  # global: of all processes together; default 4096, built-in 256
+    lr: Positive | None = None,  # learning rate at batch 256; default 1.5e-4, built-in 2e-3
+    dim: Count | None = None,  # width of the decoders; default 512, built-in 64
+    heads: Count | None = None,  # attention heads of the decoders; default 16, built-in 4
 ):
     """k-NN and reconstruction loss of every block, and both as improvements from one block to the next (MIM-Refiner
     Figures 3b, 3d, 6); a picture of the improvements."""
@@ -1869,9 +1857,9 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
 def run_colorhist(
     job,
     *,
-    epochs: Count = 10,  # one of them warm-up
-    batch: BatchSize | None = None,  # default 1024, on the built-in images 64
-    lr: Positive = 0.1,  # at batch 256
+    epochs: Count = 10,  # over the training images, one of them warm-up
+    batch: BatchSize | None = None,  # global: of all processes together; default 1024, on the built-in images 64
+    lr: Positive = 0.1,  # highest learning rate, at batch 256
     softmax: bool = False,  # over a channel's 64 outputs, as the authors' code
 ):
     """Histogram prediction error of every block (MAE-CT A.4, Figure 3), with a picture of it."""
@@ -2120,8 +2108,9 @@ def run_transfer(
             scores = transfer(encoder, train, val, job.machine)
             values[-1].append(next(iter(scores.values())))
             result[str(path)] |= {f"{name} {metric}": value for metric, value in scores.items()}
-    for scores, average in zip(result.values(), average_rank(values)):
-        scores["rank"] = average
+    if against:
+        for scores, average in zip(result.values(), average_rank(values)):
+            scores["rank"] = average
     return result
 
 
@@ -2603,7 +2592,7 @@ def run_segment(
     *,
     head: Literal["linear", "upernet"] = "linear",  # of frozen features (MIM-Refiner), or tuned with the encoder (CMAE)
     epochs: Positive | None = None,  # default 50, on the built-in images 4; of UperNet 160 000 steps, on them 0.5
-    batch: BatchSize | None = None,  # default 16
+    batch: BatchSize | None = None,  # global: of all processes together; default 16
     relative: bool = True,  # relative position bias; this and all that follow: of UperNet
     cost: bool = False,  # train nothing: print what a step costs
     **given,
@@ -3386,11 +3375,11 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
 def run_video(
     job,
     *,
-    how: Literal["frames", "joint"] = "joint",  # mean of the frames' features, or all patches in one sequence
-    label: Literal["class", "motion"] = "class",  # motion: the second label of moving_shapes
-    frames: Count = 4,  # of a clip
+    how: Literal["frames", "joint"] = "joint",  # mean of the frames' features, or of all patches in one sequence
+    label: Literal["class", "motion"] = "class",  # what is told; motion: the second label of moving_shapes
+    frames: Count = 4,  # number of frames of a clip
     temporal: Count | None = None,  # temporal views at test time; default 7 (Section 4), moving_shapes 3
-    spatial: Count | None = None,  # spatial views of each; default 3, moving_shapes 1: its videos are square
+    spatial: Count | None = None,  # squares cut from each of these; default 3, moving_shapes 1: its videos are square
     **given,
 ):
     """Fine-tuning on videos, or with --blocks 0 a probe, and multi-view testing (ViC-MAE Section 4, Table 8)."""
@@ -3476,8 +3465,8 @@ def start_job(
     encoder: Path | None = None,  # encoder file, ours or a public one
     scratch: str | None = None,  # instead: an untrained ViT by name, such as vit_b16; --out is then runs/NAME by default
     data: str = "shapes",  # built-in set, folder with train/ and val/, or torchvision name
-    image_size: Count | None = None,  # default: the encoder's
-    pool: Literal["cls", "mean"] | None = None,  # default: the encoder's
+    image_size: Count | None = None,  # side of the images in pixels; default: the encoder's
+    pool: Literal["cls", "mean"] | None = None,  # the feature: [CLS], or the patches' mean; default: the encoder's
     attention_heads: Count | None = None,  # default: what the file says, or what is usual for its width
     precision: Literal["auto", "float32", "bfloat16"] = "auto",  # auto: bfloat16 where the hardware has units for it
     workers: FromMinusOne = -1,  # decoding processes; −1: one for each core, at most 12
@@ -3500,20 +3489,23 @@ def start_job(
 
 
 def add_flags(parser, function):
-    """A flag for each keyword parameter of a function, explained by the comment behind it."""
+    """A flag for each keyword parameter of a function, explained by the comment behind it, its default in brackets."""
     words = comments(function)
     for name, p in inspect.signature(function).parameters.items():
         if p.kind is p.KEYWORD_ONLY:
-            add_flag(parser, name, p.annotation, words.get(name, ""), default=p.default, required=p.default is p.empty)
+            required = p.default is p.empty
+            said = "" if required or p.default in (None, ()) else f"[{as_text(p.default)}] "
+            add_flag(parser, name, p.annotation, said + words.get(name, ""), default=p.default, required=required)
 
 
 def add_tuning_flags(parser, leave_out=()):
     """A flag for each field of FineTuning."""
+    group = parser.add_argument_group("of fine-tuning")
     words = comments(FineTuning)
     for field in dataclasses.fields(FineTuning):
         if field.name not in leave_out:
             text = f"[the recipe's] {words.get(field.name, '')}"
-            add_flag(parser, field.name, field.type, text, default=argparse.SUPPRESS)
+            add_flag(group, field.name, field.type, text, default=argparse.SUPPRESS)
 
 
 def command_line():
@@ -3522,25 +3514,26 @@ def command_line():
     commands = parser.add_subparsers(dest="protocol", required=True)
     for run in [*PROTOCOLS, run_curve]:
         text = " ".join((run.__doc__ or "").split("\n\n")[0].split()).replace("%", "%%")
-        command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text)
+        usage = "%(prog)s [--FLAG VALUE ...] [--SWITCH ...]"
+        command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text, usage=usage)
         command.set_defaults(run=run)
-        if run is not run_curve:
-            add_flags(command, start_job)
-        add_flags(command, run)
+        add_flags(command.add_argument_group("of the protocol", "a switch --X has an opposite, --no_X"), run)
         if run is run_finetune:
             add_tuning_flags(command)
         if run in (run_detect, run_video):
             add_tuning_flags(command, leave_out=OF_IMAGES)
         if run is run_segment:
             add_tuning_flags(command, leave_out=(*OF_IMAGES, "label_smoothing", "min_lr", "epochs", "batch"))
+        if run is not run_curve:
+            add_flags(command.add_argument_group("of every protocol"), start_job)
     return parser
 
 
 def as_text(value):
     """A number, a list or a dict of numbers as text."""
     if isinstance(value, dict):
-        return "  ".join(f"{name}: {as_text(v)}" for name, v in value.items())
-    if isinstance(value, list):
+        return "  ".join(f"{name}: {as_text(v)} {unit(str(name))}".rstrip() for name, v in value.items())
+    if isinstance(value, list | tuple):
         return " ".join(map(as_text, value))
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -3548,7 +3541,7 @@ def as_text(value):
 def print_result(result):
     """Prints a protocol's numbers, one a line; lists and dicts in one line."""
     for name, value in result.items():
-        print0(f"{name:>16}  {as_text(value)}")
+        print0(f"{name:>16}  {as_text(value)} {unit(name)}".rstrip())
 
 
 def main(argv):
@@ -3571,7 +3564,9 @@ def main(argv):
     del settings["resume"]
     print_result(result)
     if rank() == 0:
-        write_atomic(job.file(f"{protocol}.json"), to_json(dict(settings=settings) | result))
+        units = {name: unit(name) for name in result if unit(name)}
+        about = dict(settings=settings, units=units, made_by=made_by(job.machine))
+        write_atomic(job.file(f"{protocol}.json"), to_json(about | result))
     job.close_run()
 
 

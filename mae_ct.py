@@ -91,52 +91,52 @@ class Settings(RunSettings):
     head: str = ""  # head.pt of another run, for --stages ct without stage head
 
     # MAE pre-training: 4.1, A.1; what the paper leaves to He et al. 2022 is from their Table 8
-    mae_epochs: Positive = 1600  # 4.1
-    mae_batch: Count = 4096  # He et al. Table 8
-    mae_lr: Positive = 1.5e-4  # 4.1; the authors' code counts the views here too: 3e-4 for two
-    mae_warmup_epochs: Number = 40  # He et al. Table 8
-    mae_views: Count = 1  # 2 for the re-implementation of A.1, which then has 800 epochs and a batch of 1024 (H: 512)
-    mask_ratio: Ratio = 0.75  # 4.1
-    norm_pix: bool = True  # 4.1, "normalize pixels"
-    decoder_dim: Count = 512  # He et al. Table 1b
-    decoder_depth: Whole = 8  # He et al. Table 1a
-    decoder_heads: Count = 16
+    mae_epochs: Positive = 1600  # of MAE pre-training; 4.1
+    mae_batch: Count = 4096  # global: of all processes together, in stage mae; He et al. Table 8
+    mae_lr: Positive = 1.5e-4  # learning rate of stage mae, at batch 256; 4.1; the authors' code counts the views too: 3e-4
+    mae_warmup_epochs: Number = 40  # epochs in which that rises; He et al. Table 8
+    mae_views: Count = 1  # crops of an image; 2: the re-implementation of A.1, with 800 epochs and a batch of 1024 (H: 512)
+    mask_ratio: Ratio = 0.75  # share of the patches that is removed; 4.1
+    norm_pix: bool = True  # targets are normalised patch by patch: 4.1, "normalize pixels"
+    decoder_dim: Count = 512  # width of the pixel decoder; He et al. Table 1b
+    decoder_depth: Whole = 8  # blocks of the pixel decoder; He et al. Table 1a
+    decoder_heads: Count = 16  # attention heads of the pixel decoder
 
     # both contrastive stages: Algorithm 1, Table 9, A.2
-    batch: BatchSize = 1024
-    warmup: Fraction = 0.2  # of the steps
+    batch: BatchSize = 1024  # global: of all processes together, in stages head and ct
+    warmup: Fraction = 0.2  # share of the steps in which the rates rise
     scale_min: Share = 0.08  # of the random crops' area; not printed, the authors' code
-    pool: Literal["cls", "mean"] = "cls"  # A.2
-    queue: Count = 65536
-    projector_hidden: Count = 2048
-    predictor_hidden: Count = 4096
-    head_dim: Count = 256
-    head_weight_decay: Number = 1e-5
+    pool: Literal["cls", "mean"] = "cls"  # feature of an image: [CLS], or the patches' mean; A.2
+    queue: Count = 65536  # embeddings that the queue holds
+    projector_hidden: Count = 2048  # width of the projector's hidden layers
+    predictor_hidden: Count = 4096  # width of the predictor's hidden layer
+    head_dim: Count = 256  # width of the embeddings
+    head_weight_decay: Number = 1e-5  # of projector and predictor
     nn_lookup: bool = True  # Table 4: without it, z itself is the positive
     stop_gradient: bool = False  # without the lookup: none to z; the authors' heads without a queue let it through
 
     # stage head: 4.1, A.2
-    head_epochs: Positive = 20
-    head_lr: Positive = 1e-4  # times the two views, as the authors' code; A.1 counts them in stage ct alone
-    head_temperature: Positive = 0.15
+    head_epochs: Positive = 20  # of stage head
+    head_lr: Positive = 1e-4  # of stage head, times the two views as in the authors' code; A.1 counts them in stage ct alone
+    head_temperature: Positive = 0.15  # of stage head
 
     # stage ct: Table 9
-    epochs: Positive = 20
-    lr: Positive = 1e-4
-    layer_decay: Share = 0.65
-    weight_decay: Number = 0.05
-    frozen: Whole = 12  # lower blocks
-    ema: Fraction = 0.9999  # of the encoder
-    ct_head_lr: Positive = 1e-4
-    temperature: Positive = 0.2
-    k: Count = 20  # MAE-CT_aug's ViT-H: 30 in Table 10, 20 in the authors' code
-    projector_ema: Fraction = 0.99
-    ct_mask_ratio: Ratio = 0.0  # Table 4: 0.75
+    epochs: Positive = 20  # of stage ct
+    lr: Positive = 1e-4  # learning rate of the encoder in stage ct at batch 256, before the layer decay
+    layer_decay: Share = 0.65  # factor of the rate from a block to the one below
+    weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
+    frozen: Whole = 12  # lower blocks that stay as they are; lower blocks
+    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step; of the encoder
+    ct_head_lr: Positive = 1e-4  # learning rate of the head in stage ct, at batch 256
+    temperature: Positive = 0.2  # of the softmax in stage ct
+    k: Count = 20  # nearest neighbours, of which one is drawn; MAE-CT_aug's ViT-H: 30 in Table 10, 20 in the authors' code
+    projector_ema: Fraction = 0.99  # share of it that stays at a step
+    ct_mask_ratio: Ratio = 0.0  # share of the patches removed in stage ct; Table 4: 0.75
     aug: bool = False  # MAE-CT_aug: Table 10 and BYOL's augmentations
     oracle: bool = False  # B.2: neighbours of the same class only, 30 epochs
 
     # combined pre-training: 4.5
-    combined_weight: Number = 0.001  # lambda
+    combined_weight: Number = 0.001  # lambda, the weight of the NNCLR loss
     detach: bool = False  # a stop-gradient before the head: "detached pre-training"
 
 

@@ -89,49 +89,49 @@ class Settings(RunSettings):
     # heads: B.2, and the authors' code for what it leaves open
     heads: Count = 8  # behind the last blocks, one each: 8 (L, 2B) or 12 (H), A.1; Table 1a. Table 6 has 13 for H
     head_blocks: str = ""  # any other set of blocks, counted from 1: "20,24" or "17-24" (Tables 1b, 6)
-    projector_hidden: Count = 2048
-    predictor_hidden: Count = 4096
-    head_dim: Count = 256
-    queue: Count = 65536
+    projector_hidden: Count = 2048  # width of the projector's hidden layers
+    predictor_hidden: Count = 4096  # width of the predictor's hidden layer
+    head_dim: Count = 256  # width of the embeddings
+    queue: Count = 65536  # embeddings that the queue holds
     authors_head: bool = False  # Linear-BN-GELU, as the authors' code; B.2 lists GELU before BatchNorm
 
     # refinement: Table 10
     epochs: Positive = 30  # MAE L, H; 20 for MAE 2B and data2vec 2.0
-    batch: BatchSize = 1024  # 512 for H and 2B
-    lr: Positive = 4e-4  # at batch 256, as in the authors' code; the table does not say so
-    warmup_epochs: Number = 4
-    layer_decay: Share = 0.65
-    frozen: Whole = 0  # lower blocks; 6 for 2B
-    weight_decay: Number = 0.05
-    ema: Fraction = 0.9999  # of the encoder
-    head_weight_decay: Number = 1e-5
-    temperature: Positive = 0.2  # 0.3 for H, 0.35 for 2B
+    batch: BatchSize = 1024  # global: of all processes together; 512 for H and 2B
+    lr: Positive = 4e-4  # learning rate at batch 256, as in the authors' code; the table does not say so
+    warmup_epochs: Number = 4  # in which the learning rate rises
+    layer_decay: Share = 0.65  # factor of the rate from a block to the one below
+    frozen: Whole = 0  # lower blocks that stay as they are; lower blocks; 6 for 2B
+    weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
+    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step; of the encoder
+    head_weight_decay: Number = 1e-5  # of projector and predictor
+    temperature: Positive = 0.2  # of NNA's softmax; 0.3 for H, 0.35 for 2B
     k: Count = 20  # the neighbour is one of them at random
     global_scale_min: Share = 0.25  # area of the 2 global views; that of local views lies below
     local_views: Whole = 10  # 0: no multi-crop (Table 1f, with --global_scale_min 0.08)
-    local_size: Count = 96  # pixels; 98 for patches of 14
-    local_scale_min: Share = 0.05
+    local_size: Count = 96  # side of the local views in pixels; 98 for patches of 14
+    local_scale_min: Share = 0.05  # least share of the area in a local view
     color: bool = True  # A.2: --no_color for crop and flip alone, half the epochs
 
     # head initialisation: B.3, all else as above
-    head_epochs: Positive = 20
-    head_lr: Positive = 2e-4
+    head_epochs: Positive = 20  # of stage head
+    head_lr: Positive = 2e-4  # learning rate of stage head at batch 256
 
     # ablations
     temperatures: str = ""  # Appendix E: heads of these, 0.1,0.2,0.3, side by side behind the last block; stage heads alone
     swap_negatives: bool = False  # Table 1e: NNCLR, negatives too are nearest neighbours
     authors_loss: bool = False  # softmax over predictions of a fixed neighbour, as in the authors' code
     authors_pairs: bool = False  # the pairs of views of their code, see `anchors_of`
-    schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"  # Table 1c
+    schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"  # weights, 1c
 
     # MAE pre-training, where no encoder is given: He et al. 2022, Table 8
-    mae_epochs: Positive = 1600
-    mae_batch: Count = 4096
-    mae_lr: Positive = 1.5e-4
-    mae_warmup_epochs: Number = 40
-    decoder_dim: Count = 512
-    decoder_depth: Whole = 8
-    decoder_heads: Count = 16
+    mae_epochs: Positive = 1600  # of MAE pre-training
+    mae_batch: Count = 4096  # global: of all processes together, in stage mae
+    mae_lr: Positive = 1.5e-4  # learning rate of MAE pre-training at batch 256
+    mae_warmup_epochs: Number = 40  # epochs in which that rises
+    decoder_dim: Count = 512  # width of the pixel decoder
+    decoder_depth: Whole = 8  # blocks of the pixel decoder
+    decoder_heads: Count = 16  # attention heads of the pixel decoder
 
     knn_every: Count = 5  # epochs between k-NN of the heads' blocks with a tenth of the data (Appendix E)
 

@@ -5535,6 +5535,94 @@ def test_data_are_announced(place, capsys):
     assert capsys.readouterr().err.count("skipped") == 1
 
 
+@pytest.mark.parametrize("line", ["{0}.png c{1}", "ILSVRC/val/{0} c{1} 85 1 499 272", "{0},c{1} 85 1 499 272"])
+def test_a_flat_folder_of_validation_images_is_labelled_by_a_list_beside_it(place, line, capsys):
+    shutil.rmtree("d/val")
+    write_pictures(place / "d/val", [(20, 20)] * 4)
+    lines = ["ImageId,PredictionString"] + [line.format(f"{i:03d}", (1, 0, 0, 1)[i]) for i in (3, 0, 2, 1)]
+    Path("d/val.txt").write_text("\n".join(lines))
+    train, val = common.load_splits("d", labels=True)
+    assert val.classes == train.classes == ["c0", "c1"] and val.labels.tolist() == [1, 0, 0, 1]
+    Path("d/val.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(InputError, match=r"d/val.txt has no line NAME CLASS for d/val/001.png"):
+        common.load_splits("d")
+    Path("d/val.txt").write_text("\n".join(lines).replace("c1", "65"))
+    with pytest.raises(InputError, match="different classes"):
+        common.load_splits("d")
+
+
+@pytest.mark.skipif("AVIF" not in common.FORMATS, reason="needs Pillow 11.3")
+def test_avif_files_are_images(tmp_path):
+    (file,) = write_pictures(tmp_path, [(20, 30)], suffix="avif")
+    assert common.load_images(str(tmp_path), "train", labels=False).open(0) == Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize("workers", [3, 6])
+def test_workers_hold_three_batches_however_many_they_are(place, workers):
+    counter = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    def cut(images, epoch, index):
+        counter.add_(1)  # one may be lost
+        return [torch.full((3, 4, 4), index, dtype=torch.uint8)]
+
+    images = Images(torch.arange(240), [], pixels=torch.zeros(240, 3, 4, 4, dtype=torch.uint8))
+    order = [(0, index) for index in torch.randperm(240, generator=torch.Generator().manual_seed(0)).split(24)]
+    machine = Machine(torch.device("cpu"), workers=workers)
+    stream = common.decode(images, order, cut, machine)
+    for number, ((x,), index) in enumerate(itertools.islice(stream, 2)):
+        assert torch.equal(index, order[number][1]) and torch.equal(x[:, 0, 0, 0].long(), index)
+        time.sleep(1)  # in which they make what they may
+        assert counter.item() <= (number + 3) * 24
+    assert sum(len(index) for _, index in stream) == 240 - 48
+
+
+def test_files_of_safetensors_are_written_and_read(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    encoder = vit(pool="mean").float()
+    file = tmp_path / "encoder.safetensors"
+    common.save_encoder(file, encoder)
+    again = common.load_encoder(file)
+    assert again.config == encoder.config and torch.equal(again(pictures(2, 32, 32) / 255), encoder(pictures(2, 32, 32) / 255))
+    timm_vit(safetensors.load_file(file))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        common.load_encoder(file)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        common.load_encoder(file)
+
+
+def test_what_is_written_says_how_it_was_made(folders, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="pip install tensorboard, or leave out"), \
+         mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):  # fmt: skip
+        tiny(can, folders, tmp_path / "run", "--tensorboard")
+    assert not (tmp_path / "run").exists()
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step, value))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(common, "summary_writer", lambda: Writer)
+    monkeypatch.setattr(sys, "argv", ["can.py", "--out", "a b"])
+    tiny(can, folders, tmp_path / "run", "--tensorboard")
+    lines = log_of(tmp_path / "run")
+    assert written[0] == (tmp_path / "run/tensorboard/can", 0) and written[-1] == "closed"
+    assert [w for w in written if w[0] == "loss"] == [("loss", line["step"], pytest.approx(line["loss"])) for line in lines]
+    main("knn", "--k 3 --encoder", tmp_path / "run/encoder.pt", "--data", folders / "labelled", program=protocols)
+    config, result = (json.loads((tmp_path / "run" / file).read_bytes()) for file in ("config.json", "knn.json"))
+    for made_by in (config["made_by"], result["made_by"]):
+        assert made_by["command"] == "can.py --out 'a b'" and made_by["device"] and made_by["processes"] == 1
+        assert made_by["versions"]["torch"] == torch.__version__ and made_by["python"] == sys.version.split()[0]
+    assert result["units"] == {"knn": "%", "knn_by_k": "%"} and result["settings"]["k"] == [3]
+
+
 def others_files():
     """{name: (content of an encoder file, what is right: the heads, or words of the error)}"""
     m = common.build_vit("vit_nano8", 16).state_dict()
@@ -6084,7 +6172,7 @@ def test_a_whole_run_leaves_its_files(whole, name):
         assert last[stage].keys() == {"stage", "step", "epoch", "images_per_s", "loss", "grad_norm", "lr"} | logged
         assert all(len(v) == 2 for v in last[stage].values() if isinstance(v, list))  # of MIM-Refiner's two heads
     printed = out.with_name("printed").read_text()
-    assert str(out) in printed and all(f"\n{row:>15} " in printed for row in case.rows)
+    assert str(out) in printed and all(f" {row}" in printed for row in case.rows)
 
     def weights(file):
         return torch.load(out / file)["model"]
@@ -6463,10 +6551,64 @@ def test_help_explains_what_the_command_line_would_run(program, capsys):
     text = " ".join(capsys.readouterr().out.split())
     title = " ".join(program.__doc__.split("\n\n")[0].split())
     assert ended.value.code == 0 and title in text.replace("- ", "-")
-    assert "[12345]" in text and "[folder]" in text and "[224] pixels" in text
+    assert "[12345]" in text and "[folder]" in text and "[224] side of the encoder's images" in text
     assert "[0] samples of one process at a time; 0: all" in text  # the comment of --micro_batch
     if program is mae_ct:
         assert "[0.15]" in text  # ViT-B's temperature in Table 10, where the dataclass has L's
+
+
+@pytest.mark.parametrize("program", [*TINY, protocols], ids=lambda program: program.__name__)
+def test_every_flag_stands_once_in_help_and_has_words(program, capsys):
+    for words in [run.__name__.removeprefix("run_") for run in protocols.PROTOCOLS] if program is protocols else [""]:
+        with pytest.raises(SystemExit):
+            program.main([*words.split(), "--help"])
+        text = capsys.readouterr().out
+        flags = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|^\S|\Z)", text, re.M | re.S))
+        assert flags and text.count("\n  --") == len(flags) and "--no_" not in "".join(flags)
+        for flag, said in flags.items():
+            said = re.sub(r"\[.*?\]|\{\S*\}|He et al|Table|Section|Appendix|Figure", "", said, flags=re.S)
+            assert re.search("[a-z]{3}", said), flag
+        assert "batch" not in flags or "global: of all processes" in " ".join(flags["batch"].split())
+
+
+def test_help_sets_what_is_run_apart_from_what_the_table_says(capsys):
+    with pytest.raises(SystemExit):
+        mae_ct.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[20 instead of 1600] of MAE pre-training; 4.1" in text and "[0.75] share of the patches" in text
+    assert text.index("of the paper:") < text.index("--mae_epochs") < text.index("of every program:") < text.index("--data")
+
+
+@pytest.mark.parametrize("terminal, columns", [(True, 80), (True, 200), (False, 80)])
+def test_progress_is_a_line_of_the_terminals_width_or_one_every_ten_seconds_later_minute(terminal, columns):
+    clock = iter(np.arange(0, 3600, 0.25))
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    size = os.terminal_size((columns, 24))
+    with mock.patch("time.monotonic", lambda: now), mock.patch("sys.stdout", out), \
+         mock.patch("shutil.get_terminal_size", lambda: size):  # fmt: skip
+        now = next(clock)
+        shown = common.Progress("stage", 3599)
+        for now in clock:
+            if now % 1 == 0:
+                shown.show(int(now), "x" * 300)
+    if terminal:
+        lines = out.getvalue().split("\r")[1:]
+        assert len(lines) > 3000 and all(line.endswith(("\033[K", "\033[K\n")) for line in lines)
+        assert {len(line.rstrip().removesuffix("\033[K")) for line in lines} == {columns - 1}
+        assert lines[-1].endswith("\n") and "\n" not in "".join(lines[:-1])
+        return
+    steps = [int(re.search(r"(\d+)/", line)[1]) for line in out.getvalue().splitlines()]
+    pauses = np.diff(steps)
+    assert pauses[:9].tolist() == [10] * 9 and pauses.max() == 60 and (pauses[-30:] == 60).all()
+
+
+def test_tables_fit_80_columns_with_their_units(capsys):
+    names = "knn probe cluster_acc nmi silhouette knn_cls probe_cls video_object video_motion device-hours".split()
+    common.print_table({stage: dict.fromkeys(names, 12345.6) for stage in ("mae", "simsiam", "vicreg", "vicmae")})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 1 + len(names)
+    assert lines[1].split()[0] == "knn" and lines[1].endswith(" %") and lines[5].endswith(" x 100")
 
 
 def test_resume_takes_the_runs_settings_and_refuses_others(folders, whole):
@@ -6966,8 +7108,10 @@ def test_2b14_is_built_by_every_paper(monkeypatch, program):
 
 def cost_of(program, flags):
     """The table that --cost prints: {stage: {column: number}}."""
-    columns, *rows = [line.split() for line in main(TINY[program], flags, "--cost", program=program).splitlines()]
-    return {row[0]: dict(zip(columns, map(float, row[1:]))) for row in rows}
+    _, stages, *lines = main(TINY[program], flags, "--cost", program=program).splitlines()
+    names = [line[:16].strip() for line in lines]
+    columns = zip(*(map(float, line[16:].split()) for line in lines))
+    return {stage: dict(zip(names, column)) for stage, column in zip(stages.split(), columns)}
 
 
 @all_papers
@@ -7283,7 +7427,7 @@ def test_a_batch_must_fit_the_processes(monkeypatch):
 def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path, program, flags, fault):
     command = [sys.executable, HERE / f"{program}.py", *flags.split()]
     done = subprocess.run(command, env=quiet_environment(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and len(done.stdout.splitlines()) <= 1 and not list(tmp_path.iterdir())
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{program}.py: {fault}")
 
 

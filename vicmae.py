@@ -62,29 +62,29 @@ class Settings(RunSettings):
     model: str = "vit_b16"
     methods: str = "vicmae"  # trained one after the other; also mae, and Table 2's simsiam and vicreg
 
-    epochs: Positive = 800
-    batch: BatchSize = 4096  # Section 4 says 512
-    lr: Positive = 1.5e-4  # at batch 256
-    weight_decay: Number = 0.05
-    warmup_epochs: Number = 40
+    epochs: Positive = 800  # over the training images
+    batch: BatchSize = 4096  # global: of all processes together; Section 4 says 512
+    lr: Positive = 1.5e-4  # learning rate at batch 256
+    weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
+    warmup_epochs: Number = 40  # in which the learning rate rises
     crop_min: Share = 0.5  # area of the random crops, up to 1; 1: the largest central square. Each frame has its own
-    flip: bool = True  # each frame for itself, as in the later code; the paper is silent
-    contrast_weight: Number = 0.025  # lambda
-    mask_weight: Number = 1.0  # of L_MASK
+    flip: bool = True  # half of the frames are mirrored, each for itself, as in the later code; the paper is silent
+    contrast_weight: Number = 0.025  # lambda, the weight of the contrast
+    mask_weight: Number = 1.0  # weight of L_MASK
     contrast_from: Number = 200  # epoch from which lambda counts
 
-    gap: FromMinusOne = -1  # Table 4: frames; 0 is the same frame twice, -1 distant sampling
-    pooling: Literal["mean", "max", "gem"] = "mean"  # Omega, Table 5
-    color: bool = False  # Table 6: colours of the target's frame
+    gap: FromMinusOne = -1  # frames between those of a pair, Table 4; 0 is the same frame twice, -1 distant sampling
+    pooling: Literal["mean", "max", "gem"] = "mean"  # of the patches: Omega, Table 5
+    color: bool = False  # the target's frame changes its colours: Table 6
     authors_color: bool = False  # instead: the colours of the later code, of both frames
     temperature: Positive = 0.1  # not printed; the authors' later code
     authors_projector: bool = False  # the later code's, see Branch
     reconstruct_both: bool = False  # the authors' later code; Eq. 6 has the first frame alone
     mask_ratio: Ratio = 0.75  # not printed; MAE's; the later code: 0.5
-    norm_pix: bool = True  # He et al. 2022
-    decoder_dim: Count = 512
-    decoder_depth: Whole = 8
-    decoder_heads: Count = 16
+    norm_pix: bool = True  # targets are normalised patch by patch; He et al. 2022
+    decoder_dim: Count = 512  # width of the pixel decoder
+    decoder_depth: Whole = 8  # its blocks
+    decoder_heads: Count = 16  # its attention heads
 
 
 # The built-in run: small enough for two CPU cores
