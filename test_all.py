@@ -6164,7 +6164,8 @@ def same_run(a, b):
 def test_a_whole_run_leaves_its_files(whole, name):
     case, out = WHOLE[name], whole(name)
     files = "config.json log.jsonl last.pt previous.pt encoder.pt results.json".split()
-    assert {f.name for f in out.iterdir()} == {*files, *case.files.split()}
+    losses = [f"loss_{stage}.png" for stage in case.stages.split()]
+    assert {f.name for f in out.iterdir()} == {*files, *losses, *case.files.split()}
     steps = [(stage, step, step // 2) for stage in case.stages.split() for step in range(6)]
     assert [(e["stage"], e["step"], e["epoch"]) for e in log_of(out)] == steps
     last = {e["stage"]: e for e in log_of(out)}
