@@ -7335,8 +7335,8 @@ REFUSED = {
         finetune_batch""",
     "-1": """attention_heads micro_batch clip_grad save_every seed weight_decay warmup_epochs frozen decoder_depth mae_lr mae_warmup_epochs
         head_epochs head_weight_decay combined_weight local_views lam epoch_images shift feature_depth lambda_c
-        contrast_weight contrast_from""",
-    "-2": "workers gap",
+        contrast_weight mask_weight contrast_from""",
+    "-2": "workers gap margin",
     "1": "batch mask_ratio target_mask_ratio ct_mask_ratio",
     "1.1": "warmup lambda_infonce lam ema projector_ema strength layer_decay scale_min global_scale_min crop_min",
     "-0.1": "mask_ratio sigma_max",
