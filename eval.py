@@ -3018,15 +3018,15 @@ class Detector(MaskRCNN):
         heads.fg_bg_sampler = partial(sample, self.rois, 0.25, (*key, "proposals"), rows)
         proposals, matched, labels, shifts = heads.select_training_samples(proposals, targets)
         sizes = [self.size] * len(proposals)
-        pooled = heads.box_roi_pool(levels, proposals, sizes)
-        found = heads.box_predictor(heads.box_head(pooled))
+        regions = heads.box_roi_pool(levels, proposals, sizes)
+        found = heads.box_predictor(heads.box_head(regions))
         logits, moves = (part.split([len(p) for p in proposals]) for part in found)
         boxes = [sum(roi_heads.fastrcnn_loss(a, b, [c], [d])) for a, b, c, d in zip(logits, moves, labels, shifts)]
 
         objects = [label > 0 for label in labels]
         proposals = [part[chosen] for part, chosen in zip(proposals, objects)]
-        pooled = heads.mask_roi_pool(levels, proposals, sizes)
-        found = promote(heads.mask_predictor(heads.mask_head(pooled)))
+        regions = heads.mask_roi_pool(levels, proposals, sizes)
+        found = promote(heads.mask_predictor(heads.mask_head(regions)))
         masks = []
         for i, one in enumerate(found.split([len(p) for p in proposals])):
             truth = [targets[i]["masks"]], [targets[i]["labels"]]
