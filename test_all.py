@@ -5,7 +5,7 @@ differences, one process against two, a killed run against an unbroken one.
 
     pytest test_all.py --durations=15            # some minutes on two CPU cores
     SLOW=1 pytest test_all.py                    # the long ones too
-    python test_all.py bench attention           # ratios of alternating runs; also: bench step, bench eval
+    python test_all.py bench ranks               # ratios of alternating runs; also: plain, list, eval, attention, step
     python test_all.py bench input FOLDER        # images a second of one worker
 
 "Equal" is max|a - b| / max|b| of a tensor (`error`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
@@ -390,6 +390,22 @@ def collectives_of_heads(heads):
         return sum(call.call_count for call in calls)
 
 
+def transfers(micro_batch):
+    """Of the second of two steps: transfers that have started when the backward pass ends, those of the step; the weights.
+    The first layer is frozen, the last is not used."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)]).double()
+    layers[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(layers[1:].parameters(), lr=0.1, weight_decay=0.1)
+    training = common.Training(Run(CPU), "", dict(layers=layers, optimizer=optimizer), 8, 8, 2)
+    for _ in training.steps(range(2)):
+        with mock.patch.object(common.dist, "all_reduce", wraps=common.dist.all_reduce) as calls:
+            loss, _ = backward(lambda x: ((), layers[:11](x).square().sum(1)), None, (part(normal(8, 4)),), micro_batch)
+            early = calls.call_count
+            training.take_step(optimizer, loss)
+    return early, calls.call_count, [p.detach() for p in layers.parameters()]
+
+
 def annotated_pictures(count):
     """Pixels of three classes by their red; a stripe of every third label map counts nowhere."""
     pixels = pictures(count, 24, 24)
@@ -449,6 +465,7 @@ def outcomes(data, out):
     found["map norm"] = map_norm_outcome()
     found["uniform"] = common.gather(uniform((0, "key"), part(torch.arange(8)), 3))
     found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
+    found["transfers"] = [transfers(micro_batch) for micro_batch in (0, 2)]
     augment = common.augment
     with recording(), mock.patch.object(protocols, "augment", lambda *args: augment(*args).double()):
         found |= evaluations()
@@ -538,6 +555,14 @@ def test_zero_takes_adamws_steps_and_its_checkpoints_are_adamws(two, two_folder)
     main("--out", two_folder / "broken", "--resume")  # by one process
     losses = [[line["loss"] for line in log_of(two_folder / name)] for name in ("broken", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+def test_most_gradients_travel_during_the_last_backward_pass(two):
+    alone, both = two
+    for found in both:
+        for (early, count, weights), (*none, expected) in zip(found["transfers"], alone["transfers"]):
+            assert none == [0, 0] and 4 <= early < count <= 10
+            assert all_equal(weights, expected, 1e-10)
 
 
 def test_gather_returns_all_rows_and_their_gradient_from_all_ranks(two):
@@ -7607,15 +7632,19 @@ def ranks(batch):
 
 def bench_list(files=100_000):
     """The list of so many files in 1000 class folders against torchvision's ImageFolder."""
-    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+
+    def ours():
+        with contextlib.redirect_stdout(io.StringIO()):
+            common.load_images(root, "train")
+
+    with tempfile.TemporaryDirectory() as root:
         for c in range(1000):
             folder = Path(root, "train", f"n{c:08d}")
             folder.mkdir(parents=True)
             for i in range(files // 1000):
                 (folder / f"n{c:08d}_{i}.JPEG").touch()
-        ours, theirs = partial(common.load_images, root, "train"), partial(torchvision.datasets.ImageFolder, f"{root}/train")
-        with contextlib.redirect_stdout(sys.stderr):
-            compare(f"list of {files} files, against ImageFolder", ours, theirs, pairs=7)
+        theirs = partial(torchvision.datasets.ImageFolder, f"{root}/train")
+        compare(f"list of {files} files, against ImageFolder", ours, theirs, pairs=7)
 
 
 def bench_input(folder, gpu_rate=1000.0):
@@ -7671,6 +7700,25 @@ def bench_eval():
 
         compare(f"100 k-means runs, noise {noise:g}, against MiniBatchKMeans", ours, theirs, pairs=1)
         print(f"    best losses {losses}")
+
+    decay = torch.arange(1, 769) ** -0.7  # of the features' deviations
+    y = torch.arange(200).repeat_interleave(5)
+    x = F.normalize((torch.randn(200, 768)[y] + 2 * torch.randn(1000, 768)) * decay, dim=1)
+    penalty = 0.00025 / 1000
+
+    def many_classes():
+        return protocols.logistic_regression(x, y, 200, penalty)
+
+    def theirs(tol=1e-8):
+        model = LogisticRegression(C=1 / (penalty * 1000), fit_intercept=False, max_iter=100_000, tol=tol)
+        return torch.from_numpy(model.fit(x.numpy(), y.numpy()).coef_.T)
+
+    def value(w):
+        return F.cross_entropy(x.double() @ w.double(), y) + penalty / 2 * w.double().square().sum()
+
+    compare("logistic regression, 1000 x 768, 200 classes, against LogisticRegression(tol=1e-8)", many_classes, theirs, 5)
+    least = value(theirs(1e-11))
+    print(f"    excess over the least loss: {value(many_classes()) / least - 1:.1e}, theirs {value(theirs()) / least - 1:.1e}")
 
     centres, y = torch.randn(100, 384), torch.arange(100).repeat_interleave(5)
     splits = [F.normalize(centres[y] + 2 * torch.randn(500, 384), dim=1) for _ in range(3)]
