@@ -2464,16 +2464,16 @@ class UperNet(nn.Module):
 
     def __init__(self, pyramid, classes, width):
         super().__init__()
-        unit = partial(Conv2dNormActivation, norm_layer=MapNorm)
+        convolution = partial(Conv2dNormActivation, norm_layer=MapNorm)
         *finer, top = pyramid.widths
         self.width = width
-        self.pools = nn.ModuleDict({str(side): unit(top, width, 1) for side in (1, 2, 3, 6)})
-        self.pooled = unit(top + 4 * width, width, 3)
-        self.laterals = nn.ModuleList(unit(w, width, 1) for w in finer)
-        self.outputs = nn.ModuleList(unit(width, width, 3) for _ in finer)
-        self.fused = unit(4 * width, width, 3)
+        self.pools = nn.ModuleDict({str(side): convolution(top, width, 1) for side in (1, 2, 3, 6)})
+        self.pooled = convolution(top + 4 * width, width, 3)
+        self.laterals = nn.ModuleList(convolution(w, width, 1) for w in finer)
+        self.outputs = nn.ModuleList(convolution(width, width, 3) for _ in finer)
+        self.fused = convolution(4 * width, width, 3)
         self.head = nn.Conv2d(width, classes, 1)
-        self.auxiliary = unit(finer[-1], 256, 3)
+        self.auxiliary = convolution(finer[-1], 256, 3)
         self.auxiliary_head = nn.Conv2d(256, classes, 1)
         self.scale = pyramid.scales
         for m in self.modules():
