@@ -6975,7 +6975,7 @@ def test_python_of_the_readme_runs(folders, tmp_path, monkeypatch, pool):
     expected = encoder.pooled(encoder(x))
     assert error(found["model"](x), expected) < 1e-5
     assert len(found["x"]) == 8 and found["loss"].isfinite()
-    read = common.load_encoder("encoder.safetensors", pool=pool, heads=4)
+    read = common.load_encoder("encoder.safetensors")
     assert error(read.pooled(read(x)), expected) < 1e-6
     Path("encoder.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(InputError, match="no.* a readable safetensors file"):
