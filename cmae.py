@@ -305,7 +305,8 @@ def picture(path, online, images, s, machine):
     rows = [] if s.random_crops else [("master crop", data.views[0].cpu(), None)]
     rows.append(("target view", to_bytes(x_t), None))
     rows += reconstruction_rows(online.F_s, online.G_p, x_s, noise, s.mask_ratio, s.norm_pix)
-    draw_rows(path, rows, caption="at one scale; the input is the online view: without random crops, the master crop's upper left")
+    caption = "at one scale; the input is the online view: without random crops, the master crop's upper left"
+    draw_rows(path, rows, caption=caption)
 
 
 def last_block(s, dim):

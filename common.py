@@ -3392,10 +3392,10 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self):
-        """The values if they are few whole numbers, else round ones, at most seven."""
+        """The values if they are few whole numbers, else round ones, at most nine."""
         if len(self.values) <= 12 and all(value % 1 == 0 for value in self.values):
             return self.values
         span = (self.high - self.low) or 1
         power = 10 ** math.floor(math.log10(span))
-        step = power * next(f for f in (0.2, 0.5, 1, 2) if span <= 6 * f * power)
+        step = power * next(f for f in (0.2, 0.5, 1, 2) if span <= 8 * f * power)
         return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
