@@ -6957,29 +6957,26 @@ def test_commands_of_the_readme_run(folders, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_python_of_the_readme_runs(folders, tmp_path, monkeypatch, pool):
-    """With pictures for /path/to/…; what begins with no import is an excerpt of a file."""
+    """In one session, with pictures for /path/to/…; what begins with no import is an excerpt of a file."""
     monkeypatch.chdir(tmp_path)
     encoder = vit(pool=pool).float().eval()
     Path("runs/001").mkdir(parents=True)
     common.save_encoder("runs/001/encoder.pt", encoder)
     sources = [[line.strip() for line in Path(program.__file__).read_text().splitlines()] for program in TINY]
-    found, x = {}, normal(3, 3, 32, 32).float()
+    found, shapes, x = {}, [], normal(3, 3, 32, 32).float()
     for block in blocks_of_readme("python"):
         if not block.startswith(("import", "from")):
             rests = [iter(source) for source in sources]
             assert any(all(line.strip() in rest for line in block.splitlines()) for rest in rests), block  # in this order
             continue
-        names = {}
-        exec(re.sub("/path/to/pictures", str(folders / "flat"), re.sub("/path/to/imagenet", str(folders / "labelled"), block)), names)
-        found |= names
+        block = block.replace("/path/to/pictures", str(folders / "flat"))
+        exec(block.replace("/path/to/imagenet", str(folders / "labelled")), found)
+        shapes.append(tuple(found["x"].shape))
     expected = encoder.pooled(encoder(x))
     assert error(found["model"](x), expected) < 1e-5
-    assert len(found["x"]) == 8 and found["loss"].isfinite()
+    assert shapes[0] == (16, 32) and found["loss"].isfinite()
     read = common.load_encoder("encoder.safetensors")
     assert error(read.pooled(read(x)), expected) < 1e-6
-    Path("encoder.safetensors").write_bytes(b"x" * 20)
-    with pytest.raises(InputError, match="no.* a readable safetensors file"):
-        common.load_encoder("encoder.safetensors")
 
 
 def test_flags_that_the_readme_names_exist():
@@ -7048,7 +7045,7 @@ def test_drawn_curves_stand_where_their_values_are(tmp_path):
 def test_ticks_are_round_and_few(low, high):
     axis = common.Axis([low, high], 0, 100)
     ticks = axis.ticks()
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks) and len(ticks) <= 7
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks) and len(ticks) <= 9
     if high > low:
         step = ticks[1] - ticks[0]
         assert len(ticks) >= 2 and f"{step:.0e}"[0] in "125" and step == pytest.approx(float(f"{step:.0e}"))
