@@ -309,7 +309,7 @@ def picture_pairs(path, encoder, decoder, videos, run):
     rows = []
     for view, n in zip(data.views, noise.unbind(1)):
         rows += reconstruction_rows(encoder, decoder, augment(view), n, s.mask_ratio, s.norm_pix)
-    draw_rows(path, rows)
+    draw_rows(path, rows, caption="three rows of frames i, then three of frames j of the same videos")
 
 
 def prepare(argv):
