@@ -358,8 +358,7 @@ def contrast(run, stage, f, heads, blocks, images, val, temperature, *, epochs, 
         tell_proportions(training, s.ema, s.queue)
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
-        noise = uniform((*key, "colour"), data.rows, len(views), 13)
-        x = augment_views(data.views, colours, noise)
+        x = augment_views(data.views, colours, uniform((*key, "colour"), data.rows, len(views), 13))
         resolutions = tuple(torch.stack(r, 1) for r in (x[:2], x[2:]) if r)  # the global views, the local ones
         dice = uniform((*key, "dice"), data.rows, 2, device=run.machine.device)
         weights = head_weights(s.schedule if tuned else "constant", training.step / training.total, len(blocks))
