@@ -84,7 +84,7 @@ class Settings(RunSettings):
     lam: Fraction = 0.7  # lambda of 3.5; not printed (Figure 7 right is flat): chosen, the ratio of the authors' code
     mask_ratio: Ratio = 0.5  # 3.1; the authors' code: 0.75
     sigma_max: Number = 0.05  # largest noise, in standardised pixels; Section 5, Figure 7 middle; the authors' code: 0.1
-    level_embedding: bool = True  # 3.4, of the noise; Table 1's "+noise, +loss" is without. Not printed: sinusoids' number and unit
+    level_embedding: bool = True  # of the noise, 3.4; Table 1's "+noise, +loss" is without. Not printed: number, unit
     views: Count = 2  # crops of an image; 3.1
     strength: Fraction = 1.0  # of SimCLR's colours, Table 6; 0: crop and flip alone; the authors' code: 0.5
     scale_min: Share = 0.08  # of the random crops' area (Chen et al. 2020); the authors' code: 0.2

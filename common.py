@@ -1096,11 +1096,14 @@ class Bucket:
         self.reached.clear()
 
 
-def fill_buckets(parameters):
-    """Buckets of parameters in this order, at most nine."""
+def fill_buckets(parameters, state):
+    """Buckets of parameters, at most nine, from the last ones of the modules in `state` to the first: as the backward pass
+    comes to them."""
+    modules = [part for part in state.values() if isinstance(part, nn.Module)]
+    place = {p: i for i, p in enumerate(itertools.chain(*(m.parameters() for m in modules)))}
     enough = sum(p.numel() for p in parameters) / 8
     buckets, filled = [], math.inf
-    for p in parameters:
+    for p in sorted(parameters, key=lambda p: -place.get(p, 0)):
         if filled >= enough:
             buckets.append([])
             filled = 0
@@ -2205,7 +2208,7 @@ class RunSettings:
     """The flags that every paper's program has and no paper speaks of."""
 
     data: str = "shapes"  # a built-in set, a torchvision name, or a folder
-    model: str = ""  # vit_ + size (nano mini ti s b l h 2b) + side of a patch in pixels: vit_b16
+    model: str = ""  # vit_ + size (nano mini ti s sw b l h 2b) + side of a patch in pixels: vit_b16
     image_size: Count = 224  # side of the encoder's images in pixels
     out: str = ""  # run folder; default: a fresh numbered one under runs/
     resume: bool = False  # go on with the run in `out`
@@ -2708,13 +2711,9 @@ class Training:
         return taken, means | dict(lr=max(group["lr"] for group in optimizer.param_groups))
 
     def average_gradients(self, parameters):
-        """Replaces gradients by their means over ranks, in at most nine transfers; from the second step on most of them have
-        started during the backward pass."""
+        """Replaces gradients by their means over ranks; from the second step on most transfers have started before."""
         if world() > 1 and not self.buckets:
-            modules = [part for part in self.state.values() if isinstance(part, nn.Module)]
-            place = {p: i for i, p in enumerate(itertools.chain(*(m.parameters() for m in modules)))}
-            backwards = sorted(parameters, key=lambda p: -place.get(p, 0))  # as the backward pass comes to them
-            self.buckets = fill_buckets(backwards)
+            self.buckets = fill_buckets(parameters, self.state)
         for bucket in self.buckets:
             if not bucket.transfer:
                 bucket.send()
@@ -3368,7 +3367,8 @@ def draw_curves(path, curves, x_label, y_label, caption="", joined=True, marked=
 def draw_losses(folder):
     """loss_STAGE.png of each training in a run's log.jsonl: its loss by step, in at most 200 means."""
     stages = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    log = folder / "log.jsonl"
+    for line in log.read_text().splitlines() if log.is_file() else []:
         entry = json.loads(line)
         if entry.get("loss") is not None:  # it was finite
             stages.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))

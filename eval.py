@@ -46,7 +46,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     finetune --recipe vicmae_subset --fraction 0.05     ViC-MAE Table 10
     curve --curves mae/finetune.json cmae/finetune.json                          CMAE Figure 4b
     curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images  MAE-CT Figure 7
-    curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792          MAE-CT Figure 6, against GPU-hours (8 x Table 5)
+    curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792          MAE-CT Figure 6: GPU-hours, 8 x Table 5
     transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE  MIM-Refiner Tables 4, 8
     transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd oxfordiiitpet caltech101 flowers102
                                                         ViC-MAE Table 3; Birdsnap and Cars are folders
@@ -214,8 +214,8 @@ class Job:
         return run
 
     def close_run(self, unless_stopped=False):
-        """Removes that folder: the result is written; or, `unless_stopped`, if this job made it and it
-        holds no checkpoint to go on from."""
+        """Removes that folder: the result is written; or, `unless_stopped`, if this job made it and it holds no checkpoint to
+        go on from."""
         folder = self.file(f"{self.protocol}.run")
         kept = unless_stopped and (self.resume or any(folder.glob("*.pt")))
         if rank() > 0 or kept:

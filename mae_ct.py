@@ -125,8 +125,8 @@ class Settings(RunSettings):
     lr: Positive = 1e-4  # learning rate of the encoder in stage ct at batch 256, before the layer decay
     layer_decay: Share = 0.65  # factor of the rate from a block to the one below
     weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
-    frozen: Whole = 12  # lower blocks that stay as they are; lower blocks
-    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step; of the encoder
+    frozen: Whole = 12  # lower blocks that stay as they are
+    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step
     ct_head_lr: Positive = 1e-4  # learning rate of the head in stage ct, at batch 256
     temperature: Positive = 0.2  # of the softmax in stage ct
     k: Count = 20  # nearest neighbours, of which one is drawn; MAE-CT_aug's ViT-H: 30 in Table 10, 20 in the authors' code

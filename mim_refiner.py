@@ -101,9 +101,9 @@ class Settings(RunSettings):
     lr: Positive = 4e-4  # learning rate at batch 256, as in the authors' code; the table does not say so
     warmup_epochs: Number = 4  # in which the learning rate rises
     layer_decay: Share = 0.65  # factor of the rate from a block to the one below
-    frozen: Whole = 0  # lower blocks that stay as they are; lower blocks; 6 for 2B
+    frozen: Whole = 0  # lower blocks that stay as they are; 6 for 2B
     weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
-    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step; of the encoder
+    ema: Fraction = 0.9999  # share of the encoder's average that stays at a step
     head_weight_decay: Number = 1e-5  # of projector and predictor
     temperature: Positive = 0.2  # of NNA's softmax; 0.3 for H, 0.35 for 2B
     k: Count = 20  # the neighbour is one of them at random

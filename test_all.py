@@ -5700,6 +5700,12 @@ def test_weights_of_others_load_or_are_refused_in_words(tmp_path, capsys):
 LIST = "c0/000.png\r\nc1/é.png\r\n"
 
 
+def test_a_finished_run_whose_log_is_gone_still_tells_its_results(folders, tmp_path):
+    tiny(can, folders, tmp_path / "run")
+    (tmp_path / "run/log.jsonl").unlink()
+    assert "everything is in" in main("--out", tmp_path / "run", "--resume", program=can)
+
+
 def test_a_resume_that_is_refused_deletes_nothing(place):
     Path("finetune.run").mkdir()
     Path("finetune.run/log.jsonl").write_text("kept")
@@ -5717,7 +5723,8 @@ def test_a_stop_while_a_finished_run_is_cleared_away_leaves_one_that_begins_agai
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
         job.close_run()
-    main(*"finetune --encoder encoder.pt --data d --workers 0 --epochs 1 --batch 4 --recipe crop_flip".split(), program=protocols)
+    command = "finetune --encoder encoder.pt --data d --workers 0 --epochs 1 --batch 4 --recipe crop_flip"
+    main(*command.split(), program=protocols)
     assert Path("finetune.json").exists() and not Path("finetune.run").exists()
 
 
@@ -7173,7 +7180,8 @@ def test_micro_batches_compute_what_is_needed_and_nothing_else(folders, tmp_path
     found = []
     for size in (0, 2):
         with FlopCounterMode(display=False) as counter:
-            main(TINY[program], epochs, "--data", data, "--out", tmp_path / str(size), f"--micro_batch {size} {flags}", program=program)
+            given = f"--micro_batch {size} {flags}"
+            main(TINY[program], epochs, "--data", data, "--out", tmp_path / str(size), given, program=program)
         found.append(counter.get_total_flops() / 2)
     assert found[1] - found[0] == 2 * 6 * expected  # two steps of eight, of which the first two are not encoded again
 
@@ -7353,12 +7361,12 @@ OF_EVERY_PAPER = """
 """
 # Values that no program may take, and the flags that they are tried on
 REFUSED = {
-    "0": """image_size epochs lr layer_decay temperature scale_min crop_min projector_dim global_scale_min local_scale_min k queue heads
-        projector_hidden predictor_hidden head_dim head_hidden decoder_dim decoder_heads mae_epochs mae_batch mae_views
+    "0": """image_size epochs lr layer_decay temperature scale_min crop_min projector_dim global_scale_min local_scale_min k
+        queue heads projector_hidden predictor_hidden head_dim head_hidden decoder_dim decoder_heads mae_epochs mae_batch mae_views
         head_lr head_temperature ct_head_lr local_size knn_every views mask_block finetune_epochs finetune_lr
         finetune_batch""",
-    "-1": """attention_heads micro_batch clip_grad save_every seed weight_decay warmup_epochs frozen decoder_depth mae_lr mae_warmup_epochs
-        head_epochs head_weight_decay combined_weight local_views lam epoch_images shift feature_depth lambda_c
+    "-1": """attention_heads micro_batch clip_grad save_every seed weight_decay warmup_epochs frozen decoder_depth mae_lr
+        mae_warmup_epochs head_epochs head_weight_decay combined_weight local_views lam epoch_images shift feature_depth lambda_c
         contrast_weight mask_weight contrast_from""",
     "-2": "workers gap margin",
     "1": "batch mask_ratio target_mask_ratio ct_mask_ratio",
