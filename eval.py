@@ -30,8 +30,9 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     lowshot --block 20 --shots 1                        MIM-Refiner Figure 3c
     lowshot --recipe can --shots 1 5 --image_size 384   CAN Figures 4, 10-14, 16; also 10 and 25 shots
     finetune --recipe crop_flip --lists LIST LIST LIST  MAE-CT Tables 2, 16: 1, 2, 5 shots of MAE
-    finetune --recipe crop_flip --lists LIST            MAE-CT Tables 2, 16: 1 %, and 10 % of MAE-CT
-    finetune --recipe lowshot --lists LIST              MAE-CT Tables 2, 16: 10 % of others
+    finetune --recipe crop_flip --lists LIST            MAE-CT Tables 2, 16: 1 and 10 % of MAE-CT; 1 % of MAE (H: --lr 1e-2)
+    finetune --recipe lowshot --randaugment 0 --lists LIST      MAE-CT Tables 2, 16: 1 % of MAE-CT_aug's B, L
+    finetune --recipe lowshot --lists LIST              MAE-CT Tables 2, 16: 10 % of MAE-CT_aug's B, L
     finetune --recipe mae --lists LIST                  MAE-CT Tables 2, 16: 10 % of MAE, of MAE-CT_aug's ViT-H
     finetune --recipe mae                               MAE-CT Table 14, Figure 7; MIM-Refiner Table 5 (--drop_path 0.1, H 0.2)
     finetune --recipe mim_refiner_1 --lists LIST        MIM-Refiner Tables 2, 7: 1 %
@@ -45,7 +46,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     finetune --recipe vicmae --scratch vit_b16 --layer_decay 1  ViC-MAE Table 1: Scratch, by a recipe that is chosen
     finetune --recipe vicmae_subset --fraction 0.05     ViC-MAE Table 10
     curve --curves mae/finetune.json cmae/finetune.json                          CMAE Figure 4b
-    curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images  MAE-CT Figure 7
+    curve --curves MAE=1/finetune.json,10/finetune.json --y finetune --x images  MAE-CT Figure 7
     curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792          MAE-CT Figure 6: GPU-hours, 8 x Table 5
     transfer --sets caltech101 cifar100 dtd flowers102 oxfordiiitpet sun397 svhn --against FILE  MIM-Refiner Tables 4, 8
     transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd oxfordiiitpet caltech101 flowers102
@@ -53,7 +54,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     robust --sets FOLDER                                MAE-CT Table 17
     robust --classifier finetuned.pt --sets FOLDER      CAN Figures 5, 8, 9, 15; IN-ReaL: --real FILE
     video                                               ViC-MAE Table 1, Kinetics-400
-    cluster                                             MAE-CT Tables 3, 19, 20
+    cluster                                             MAE-CT Tables 3, 19, 20; of MAE's B/16: --pool cls
     cluster --classes LIST                              MAE-CT Tables 21, 22, Figures 4, 8, 9
     cluster --normalization l2                          MIM-Refiner Tables 3, 9
     retrieve                                            MAE-CT Figure 11
@@ -1010,7 +1011,8 @@ def recipe(name, dim):
 
         mae            MAE-CT A.3: drop path 0.1 / 0.2 / 0.3 for B / L / H; MIM-Refiner C.9 and He et al.: 0.1 / 0.1 / 0.2
         lowshot        10 % of ImageNet's labels: MAE-CT Table 12
-        crop_flip      1 % and 10 % of the labels for MAE-CT: A.3 (--lr 1e-2 for MAE's ViT-H)
+        crop_flip      1 % and 10 % of the labels for MAE-CT: A.3; 1 % for MAE (ViT-H: --lr 1e-2), whose other rates it
+                       leaves open
         mim_refiner_1, mim_refiner_10    1 % and 10 % of the labels: MIM-Refiner C.5, which refers to its code
         inat18         5 and 10 labels a class: MIM-Refiner C.6, Table 12; without its resizing to 256 before the crop
         can            CAN Table 10

@@ -30,10 +30,12 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
                  · 1, 2, 5 shots: eval.py lowshot --lists LIST LIST LIST
                  · MAE's 1, 2, 5 shots: eval.py finetune --recipe crop_flip --lists LIST LIST LIST
                  · 1 and 10 % of MAE-CT: eval.py finetune --recipe crop_flip --lists LIST
-                 · 1 % of others: eval.py finetune --recipe lowshot --randaugment 0 --lists LIST
-                 · 10 % of MAE-CT_aug: eval.py finetune --recipe lowshot --lists LIST
-                 · 10 % of MAE, and of MAE-CT_aug's ViT-H: eval.py finetune --recipe mae --lists LIST
-  Table 3        eval.py cluster
+                 · 1 % of MAE-CT_aug's B, L: eval.py finetune --recipe lowshot --randaugment 0 --lists LIST
+                 · 10 % of these: eval.py finetune --recipe lowshot --lists LIST
+                 · 1 % of MAE, whose rate is not said, and of MAE-CT_aug's H: eval.py finetune --recipe crop_flip --lists LIST
+                 · of MAE's H: eval.py finetune --recipe crop_flip --lr 1e-2 --lists LIST
+                 · 10 % of MAE, and of MAE-CT_aug's H: eval.py finetune --recipe mae --lists LIST
+  Table 3        eval.py cluster; MAE's B/16 has [CLS] here (B.3): eval.py cluster --pool cls
   Table 4        --k 1 · --k 1 --ct_mask_ratio 0.75 · --k 1 --no_nn_lookup · --k 1 --stages ct --init mae.pt · eval.py probe
                  · eval.py knn; its first row is Table 13's with k = 1, so are those of Tables 7 and 8
   Table 5        --cost --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
@@ -50,16 +52,18 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
                  --label_smoothing 0 --mixup 0 --cutmix 0 --erasing 0 --randaugment 0
   Table 15       eval.py probe --last 1|2|4|6 · eval.py probe --both
   Table 17       --k 1|10|20|30 · --aug · eval.py probe, and of what that wrote: eval.py robust --sets FOLDER
-  Table 18       The numbers of Table 2 beside others', quoted.
-  Tables 19-22   eval.py cluster · eval.py cluster --classes LIST; either tells the best and the average of 100 runs
-  Figures 1, 4, 8   eval.py embed --classes LIST
+  Table 18       The numbers of Table 2, and of their own MAE, beside others', quoted.
+  Tables 19-22   eval.py cluster · eval.py cluster --classes LIST; either tells the best and the average of 100 runs;
+                 MAE's B/16 as in Table 3
+  Figures 1, 4, 8   eval.py embed --classes LIST · accuracies below 4 and 8: eval.py cluster --classes LIST
   Figure 2       A drawing.
   Figure 3       eval.py colorhist
   Figures 5, 10  eval.py retrieve --classes LIST
-  Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug, and Table 1's accuracies against these hours:
-                 eval.py curve --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792
+  Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug; A.1 has 4 GPUs and batches of 2048, 1024, 512 in
+                 stage mae, half of that in ct; Table 2's accuracies against these hours: eval.py curve
+                 --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792
   Figure 7       eval.py finetune --recipe mae, and the runs of Table 2 with fewer labels:
-                 eval.py curve --curves MAE=mae/finetune.json,mae/finetune.json --y finetune --x images
+                 eval.py curve --curves MAE=1/finetune.json,10/finetune.json --y finetune --x images
   Figure 9       eval.py cluster --classes LIST
   Figure 11      eval.py retrieve
 """
