@@ -20,7 +20,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     probe --last 2                                      MAE-CT Table 15; its last column: --both
     probe --recipe dinov2 --best_epoch                  MIM-Refiner Tables 2, 7, Figures 1, 2
     probe --recipe dinov2_reduced --best_epoch          MIM-Refiner Table 4, iNat18
-    probe --recipe dinov2_reduced --shots 1 --splits 3  MIM-Refiner Table 4, iNat18, 1-shot
+    probe --recipe dinov2_reduced --best_epoch --shots 1 --splits 3     MIM-Refiner Table 4, iNat18, 1-shot
     probe --block 20                                    MIM-Refiner Figure 3c, which says neither task nor blocks
     probe --recipe lars --pool mean                     CAN Tables 1, 2, 3, 5, Figures 1, 6, 7
     probe --recipe lars                                 CMAE Figure 5a, 0 blocks
@@ -37,6 +37,8 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     finetune --recipe mae                               MAE-CT Table 14, Figure 7; MIM-Refiner Table 5 (--drop_path 0.1, H 0.2)
     finetune --recipe mim_refiner_1 --lists LIST        MIM-Refiner Tables 2, 7: 1 %
     finetune --recipe mim_refiner_10 --lists LIST       MIM-Refiner Tables 2, 7: 10 %
+    finetune --recipe mim_refiner_1 --lr 1e-4 --weight_decay 0.05 --batch 250 --lists LIST LIST LIST
+                                                        MIM-Refiner Table 2: shots of MIM models; H, 2B: --batch 125
     finetune --recipe inat18 --shots 5 --splits 3       MIM-Refiner Table 4, iNat18: 5 shots; also 10
     finetune --recipe can                               CAN Table 3, Figure 1; for Figures 5, 8, 9, 15
     finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3, Figure 9: from scratch, by a recipe that is chosen
@@ -56,7 +58,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     video                                               ViC-MAE Table 1, Kinetics-400
     cluster                                             MAE-CT Tables 3, 19, 20; of MAE's B/16: --pool cls
     cluster --classes LIST                              MAE-CT Tables 21, 22, Figures 4, 8, 9
-    cluster --normalization l2                          MIM-Refiner Tables 3, 9
+    cluster --normalization l2                          MIM-Refiner Tables 3, 9; Figure 5: --classes LIST
     retrieve                                            MAE-CT Figure 11
     retrieve --classes LIST                             MAE-CT Figures 5, 10
     embed --classes LIST                                MAE-CT Figures 1, 4, 8; MIM-Refiner Figure 5

@@ -27,20 +27,23 @@ Easy to get wrong:
   - k-NN takes the feature before the final norm, standardised (authors' code); a linear probe the one behind it.
 
 Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
-Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 2.0: --mim data2vec2 too.
+Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 2.0: --mim data2vec2 too. Fine-tuning leaves
+6 blocks of the 2B frozen as well (B.3): eval.py's --blocks 18.
   Table 1        1a: --heads 1|2|4|8|12
                  · 1b: --head_blocks 20,24|16,20,24|15,18,21,24|18,20,22,24|17-24
                  · 1c: --schedule constant|uniform_decay|staggered_decay|staggered_step|one_hot · 1d: --frozen 0|6|12
                  · 1e: --swap_negatives · 1f: --local_views 0 --global_scale_min 0.08 · --color|--no_color
                  · eval.py knn --raw --standardize · eval.py lowshot --lists LIST LIST LIST --raw
   Table 2        --model vit_l16|vit_h14|vit_2b14 · --mim data2vec2 --init FILE --model vit_l16|vit_h14
-                 · eval.py lowshot --lists LIST LIST LIST --raw · MIM models', how is not said: eval.py finetune
-                 --recipe mim_refiner_1 --lists LIST LIST LIST · 1 and 10 %: eval.py finetune
-                 --recipe mim_refiner_1|mim_refiner_10 --lists LIST
-                 · eval.py probe --recipe dinov2 --best_epoch · eval.py knn --raw --standardize
+                 · eval.py lowshot --lists LIST LIST LIST --raw · MIM models' 1, 2, 5 shots as in the authors' code, where L has
+                 a batch of 250, the larger 125: eval.py finetune --recipe mim_refiner_1 --lr 1e-4 --weight_decay 0.05
+                 --batch 250|125 --lists LIST LIST LIST
+                 · 1 and 10 %: eval.py finetune --recipe mim_refiner_1|mim_refiner_10 --lists LIST
+                 · eval.py probe --recipe dinov2 --best_epoch · eval.py knn --raw --standardize, whose k is tuned for MIM
+                 models (C.4)
   Tables 3, 9    eval.py cluster --normalization l2
   Table 4        iNat18: eval.py finetune --recipe inat18 --shots 5|10 --splits 3
-                 · eval.py probe --recipe dinov2_reduced --shots 1 --splits 3
+                 · eval.py probe --recipe dinov2_reduced --best_epoch --shots 1 --splits 3
                  · eval.py probe --recipe dinov2_reduced --best_epoch · VTAB: Table 8 · ADE20K: eval.py segment
   Table 5        L/16: eval.py finetune --recipe mae --drop_path 0.1 · H/14: eval.py finetune --recipe mae --drop_path 0.2
   Table 6        6a is 1b · 6b: --model vit_h14 --head_blocks
@@ -56,7 +59,7 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
   Figure 3       3a: counts of parameters · 3b: eval.py knn --per_block --standardize · 3c, whose task is not said:
                  eval.py probe --block 20 · eval.py lowshot --block 20 --shots 1 · 3d and Figure 6: eval.py blocks
   Figures 4, 8   Drawings.
-  Figure 5       eval.py embed --classes LIST
+  Figure 5       eval.py embed --classes LIST · eval.py cluster --normalization l2 --classes LIST
   Figure 7       `head_weights`, of Table 1c.
   Appendix E     --temperatures 0.1,0.2,0.3 · --knn_every 5, both into log.jsonl
 """
