@@ -35,19 +35,21 @@ JFT-300M, here any images, is --epoch_images 1281167; Section 5's ablations are 
                  · --epoch_images 1281167 --model vit_b16 --methods can|simclr
                  · eval.py probe --recipe lars; other rows are quoted
   Table 3        --model vit_b16 --epochs 800|1600 · --methods can|simclr|mae · eval.py finetune --recipe can
-                 · eval.py probe --recipe lars · eval.py finetune --recipe can --scratch vit_b16; other rows are quoted
+                 · eval.py probe --recipe lars · from scratch, by a recipe that is chosen: eval.py finetune --recipe can
+                 --scratch vit_b16 --layer_decay 1; other rows are quoted
   Table 4        --model vit_b16 --epochs 100 --mask_ratio 0.5 --methods simclr|mae|can, whose last losses are in log.jsonl
   Table 5        --model vit_b16 --epochs 100 --lambda_infonce 0 · --model vit_b16 --epochs 100 --lam 0
                  · --model vit_b16 --epochs 100 --lam 1 --sigma_max 0 · --model vit_b16 --epochs 100
                  · eval.py probe --recipe lars
   Tables 6-9     The presets TABLE_6 to TABLE_9.
   Tables 10, 11  The recipes of eval.py's finetune and probe, can and lars.
-  Figures 4, 10-14, 16   eval.py lowshot --recipe can --shots 1 5 10 25 --image_size 384
+  Figures 4, 10-14, 16   eval.py lowshot --recipe can --shots 1 5 10 25 --image_size 384, of Table 2's models, 14 of Table 3's,
+                 16 of Figure 15's
   Figures 5, 8, 9, 15    eval.py finetune --recipe can, and of what that wrote:
                  eval.py robust --classifier finetuned.pt --sets FOLDER · eval.py robust --classifier finetuned.pt --real FILE
                  · 15: --epoch_images 1281167 --epochs 800 · 9, ViT-B: --epoch_images 1281167 --model vit_b16
-                 · 9, from scratch: eval.py finetune --recipe can --scratch vit_b16 --mixup 0.8; its PyramidAT is adversarial
-                 training with labels (Herrmann et al. 2022), no part of CAN, and not here
+                 · 9, from scratch with Mixup: eval.py finetune --recipe can --scratch vit_b16 --layer_decay 1 --mixup 0.8; its
+                 PyramidAT is adversarial training with labels (Herrmann et al. 2022), no part of CAN, and not here
   Figure 6       the values are in the picture alone; --model vit_b16 --epochs 100 --mask_ratio 0|0.5|0.75 --methods can|simclr
                  · --epoch_images 1281167 --model vit_b16 --mask_ratio 0|0.5|0.75 --methods can|simclr
   Figure 7       likewise; --model vit_b16 --epochs 100 --lambda_infonce 0.01|0.03|0.1
@@ -283,7 +285,7 @@ def new_model(s):
 
 
 def simclr_colours(strength):
-    """Chen et al. 2020, Table 6: jitter (0.8, 0.8, 0.8, 0.2) · strength, grayscale, blur; None at strength 0."""
+    """Table 6, as Chen et al. 2020: jitter (0.8, 0.8, 0.8, 0.2) · strength, grayscale, blur; None at strength 0."""
     jitter = tuple(strength * j for j in (0.8, 0.8, 0.8, 0.2))
     return Colour(jitter=jitter, p_jitter=0.8, p_gray=0.2, p_blur=0.5) if strength else None
 

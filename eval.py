@@ -41,7 +41,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
                                                         MIM-Refiner Table 2: shots of MIM models; H, 2B: --batch 125
     finetune --recipe inat18 --shots 5 --splits 3       MIM-Refiner Table 4, iNat18: 5 shots; also 10
     finetune --recipe can                               CAN Table 3, Figure 1; for Figures 5, 8, 9, 15
-    finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3, Figure 9: from scratch, by a recipe that is chosen
+    finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3: from scratch, as chosen; Figure 9: --mixup 0.8
     finetune --recipe cmae                              CMAE Tables 1, 2, 4, Figures 2, 4, 5b
     finetune --recipe partial --blocks 1                CMAE Figure 5a
     finetune --recipe vicmae                            ViC-MAE Table 1
