@@ -26,7 +26,8 @@ Tables and figures, by flags of this program, and by eval.py with --encoder and 
 Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
   Table 1        CMAE's is Table 2's, the others are quoted.
   Table 2        --epochs 800|1600 --stem patch|conv · eval.py finetune --recipe cmae; other rows are quoted
-  Table 3        3a: eval.py segment --head upernet · 3b: eval.py detect
+  Table 3        3a: eval.py segment --head upernet · CMAE*: eval.py segment --head upernet --layer_decay 0.75 --drop_path 0.2
+                 · 3b: eval.py detect
   Table 4        4a: --epochs 300 --methods mae · --epochs 300 --random_crops --feature_depth 0
                  · --epochs 300 --feature_depth 0 · --epochs 300 · 4b: --epochs 300 --random_crops --no_color
                  · --epochs 300 --no_color · 4c: --epochs 300 --feature_depth 0|2|4
@@ -34,14 +35,14 @@ Table 4 and Figure 4a are --epochs 300, fine-tuned with --lr 5e-4.
                  · 4e: --epochs 300 --target_mask_ratio 0|0.25|0.5|0.65|0.75 · the text: --epochs 300 --loss byol
                  · eval.py finetune --recipe cmae --lr 5e-4
   Figures 1, 3   Drawings.
-  Figure 2       --epochs 300|800|1600, and Table 2's others.
+  Figure 2       --epochs 300 · eval.py finetune --recipe cmae --lr 5e-4 · 800 and 1600 epochs are Table 2's.
   Figure 4       4a, whose values are in the picture alone: --epochs 300 --shift 0|16|32|64
                  · as the authors: --epochs 300 --shift 16 --margin 32
                  · 4b: eval.py finetune --recipe cmae, of MAE and of CMAE, and then: eval.py curve
                  --curves mae/finetune.json cmae/finetune.json
   Figure 5       5a, whose values are in the picture alone: eval.py finetune --recipe partial --blocks 1|4|12
-                 · 0 blocks: eval.py probe --recipe lars · 5b: --model vit_s16|vit_sw16|vit_b16|vit_l16
-                 --methods mae|cmae
+                 · 0 blocks: eval.py probe --recipe lars --epochs 90 · 5b: --model vit_s16|vit_sw16|vit_b16|vit_l16
+                 --methods mae|cmae · eval.py finetune --recipe cmae
 """
 
 import math

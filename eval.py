@@ -23,7 +23,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     probe --recipe dinov2_reduced --best_epoch --shots 1 --splits 3     MIM-Refiner Table 4, iNat18, 1-shot
     probe --block 20                                    MIM-Refiner Figure 3c, which says neither task nor blocks
     probe --recipe lars --pool mean                     CAN Tables 1, 2, 3, 5, Figures 1, 6, 7
-    probe --recipe lars                                 CMAE Figure 5a, 0 blocks
+    probe --recipe lars --epochs 90                     CMAE Figure 5a, 0 blocks: as He et al.
     probe --recipe vicmae                               ViC-MAE Tables 2, 4, 5, 6
     lowshot --lists LIST LIST LIST                      MAE-CT Tables 2, 16: 1, 2, 5 shots
     lowshot --lists LIST LIST LIST --raw                MIM-Refiner Tables 1, 2, 7, Figure 2; Table 11: --image_size 518
