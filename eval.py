@@ -24,7 +24,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     probe --block 20                                    MIM-Refiner Figure 3c, which says neither task nor blocks
     probe --recipe lars --pool mean                     CAN Tables 1, 2, 3, 5, Figures 1, 6, 7
     probe --recipe lars --epochs 90                     CMAE Figure 5a, 0 blocks: as He et al.
-    probe --recipe vicmae                               ViC-MAE Tables 2, 4, 5, 6
+    probe --recipe vicmae                               ViC-MAE Tables 2, 4, 5, 6; the paper's feature: --pool cls
     lowshot --lists LIST LIST LIST                      MAE-CT Tables 2, 16: 1, 2, 5 shots
     lowshot --lists LIST LIST LIST --raw                MIM-Refiner Tables 1, 2, 7, Figure 2; Table 11: --image_size 518
     lowshot --block 20 --shots 1                        MIM-Refiner Figure 3c
@@ -44,7 +44,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3: from scratch, as chosen; Figure 9: --mixup 0.8
     finetune --recipe cmae                              CMAE Tables 1, 2, 4, Figures 2, 4, 5b
     finetune --recipe partial --blocks 1                CMAE Figure 5a
-    finetune --recipe vicmae                            ViC-MAE Table 1
+    finetune --recipe vicmae                            ViC-MAE Table 1; the paper's feature: --pool cls
     finetune --recipe vicmae --scratch vit_b16 --layer_decay 1  ViC-MAE Table 1: Scratch, by a recipe that is chosen
     finetune --recipe vicmae_subset --fraction 0.05     ViC-MAE Table 10
     curve --curves mae/finetune.json cmae/finetune.json                          CMAE Figure 4b
@@ -1023,7 +1023,7 @@ def recipe(name, dim):
         partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50, 100, 200 epochs for each --blocks from
                        1; with 0 it is linear probing: eval.py probe
         vicmae         ViC-MAE Table 8; Table 1
-        vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10
+        vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10, of which B does not say how; chosen: Table 8, crops and flips
         shapes         the built-in images in a minute or two: chosen on MAE's encoder
 
     Optimiser and schedule are MAE's; what a table of low-shot fine-tuning does not list is off. MAE-CT's Table 14:

@@ -16,14 +16,16 @@ Easy to get wrong:
   - The feature that is contrasted is the pooled patches, not [CLS], which ViC-MAE neither contrasts nor reconstructs.
   - Both branches share encoder and projector, and both get the gradient: there is no momentum encoder, no stop-gradient.
   - The projector ends in a ReLU (A); vectors of unit length with no negative entry are never more than at right angles.
-  - Only the first frame is reconstructed (Eq. 6). Crop (0.5-1) and flip are all the augmentation (Table 6).
+  - Only the first frame is reconstructed (Eq. 6). Crop (0.5-1) and flip are all the augmentation (Table 7).
   - Negatives are both frames of the other videos of all ranks: 2N - 2, gathered with gradient.
   - Distant sampling takes one frame from each half; a gap takes the second within so many frames after the first.
 
 Tables and figures, by flags of this program, and by eval.py with --encoder and --data besides; · separates runs, | values.
-Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1.
+Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1. The feature is the patches' mean; the paper's is
+[CLS] (A): eval.py's --pool cls.
   Table 1        --methods mae|vicmae · ImageNet: eval.py finetune --recipe vicmae
-                 · eval.py finetune --recipe vicmae --scratch vit_b16 · Kinetics: eval.py video; TubeViT is quoted
+                 · from scratch, by a recipe that is chosen: eval.py finetune --recipe vicmae --scratch vit_b16 --layer_decay 1
+                 · Kinetics: eval.py video; TubeViT is quoted
   Table 2        --methods simsiam|vicreg|vicmae · eval.py probe --recipe vicmae
   Table 3        --methods mae|vicmae · eval.py transfer --sets food101 cifar10 cifar100 sun397 fgvcaircraft voc2007 dtd
                  oxfordiiitpet caltech101 flowers102; Birdsnap and Cars are folders
@@ -31,8 +33,9 @@ Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1.
   Table 5        --pooling gem|max|mean · eval.py probe --recipe vicmae
   Table 6        --color --crop_min 1 --no_flip · --no_color|--color · eval.py probe --recipe vicmae
   Table 7        The settings.
-  Tables 8, 9    The recipes vicmae of eval.py's finetune, video and probe.
-  Table 10       --methods simsiam|vicreg|vicmae · eval.py finetune --recipe vicmae_subset --fraction 0.05|0.1|0.25|0.5|0.75|1
+  Tables 8, 9    The recipes vicmae of eval.py's finetune and probe; its video has Table 8's without augmentation.
+  Table 10       --methods simsiam|vicreg|vicmae · how is not said (B), so chosen: eval.py finetune --recipe vicmae_subset
+                 --fraction 0.05|0.1|0.25|0.5|0.75|1
   Figures 1, 2   Drawings.
 """
 
