@@ -114,10 +114,10 @@ class Settings(RunSettings):
 COLOUR = Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
 AUTHORS = dict(mask_ratio=0.65, mask_block=2, lambda_c=0.14, margin=32)  # their public configs
-# The built-in run: small enough for two CPU cores
+# The built-in run: small enough for minutes on two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, methods="mae,cmae", decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    epochs=20, batch=128, lr=2e-3, warmup_epochs=2, shift=8, margin=-1, head_hidden=512, head_dim=128, ema=0.99,
+    epochs=8, batch=128, lr=2e-3, warmup_epochs=0.8, shift=8, margin=-1, head_hidden=512, head_dim=128, ema=0.975,
     finetune_epochs=4, finetune_lr=1e-2, finetune_batch=128,  # chosen on MAE's encoder alone
 )  # fmt: skip
 
@@ -127,7 +127,7 @@ def presets(given):
     row = AUTHORS if given.get("authors") else {}
     if given.get("data", "shapes") != "shapes":
         return row
-    short = dict(epochs=4, warmup_epochs=1, finetune_epochs=1) if given.get("short") else {}
+    short = dict(epochs=1.6, warmup_epochs=0.4, finetune_epochs=1) if given.get("short") else {}
     return row | SHAPES | short
 
 

@@ -2785,7 +2785,7 @@ def tell_proportions(training, ema, queue):
     constants = steps * (1 - ema)
     print0(f"{training.stage}: {steps} steps are {constants:.3g} time constants of the EMA, which keeps "
            f"{100 * ema**steps:.2g} % of its start")  # fmt: skip
-    if constants < 3:
+    if constants < 2:  # Table 9 of MAE-CT has 2.5
         print0(f"that is little: encoder.pt will be near its start; choose --ema {max(0.0, 1 - 5 / steps):.4g} or more epochs")
     if steps * training.batch < queue:
         print0(f"{steps * training.batch} samples will not fill the queue of {queue}: choose a smaller --queue or more epochs")

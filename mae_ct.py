@@ -158,13 +158,13 @@ TABLE_10 = {
 # The authors' code: A.1's MAE of two views, which count in its lr too; k of MAE-CT_aug's ViT-H
 AUTHORS = dict(mae_lr=3e-4)
 AUTHORS_HUGE = dict(k=20)
-# The built-in run: small enough for two CPU cores
+# The built-in run: small enough for minutes on two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, pool="mean", decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    mae_epochs=20, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=2,
-    batch=256, queue=4096, projector_hidden=512, predictor_hidden=512, head_dim=128, scale_min=0.15,
-    head_epochs=8, head_lr=2e-3,
-    epochs=14, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.97, temperature=0.15,
+    mae_epochs=8, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=0.8,
+    batch=256, queue=1638, projector_hidden=512, predictor_hidden=512, head_dim=128, scale_min=0.15,
+    head_epochs=3.2, head_lr=2e-3,
+    epochs=5.6, lr=2e-3, ct_head_lr=1e-3, layer_decay=0.8, frozen=2, ema=0.925, temperature=0.15,
 )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def presets(given):
     if given.get("data", "shapes") == "shapes":  # whatever the variant, in the built-in run's own length
         row |= SHAPES
         if given.get("short"):
-            row |= dict(mae_epochs=8, mae_warmup_epochs=1, head_epochs=2, epochs=3)
+            row |= dict(mae_epochs=3.2, mae_warmup_epochs=0.4, head_epochs=0.8, epochs=1.2)
     return row
 
 

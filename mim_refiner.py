@@ -145,13 +145,13 @@ TABLE_10 = {
     "h": dict(heads=12, batch=512, temperature=0.3),
     "2b": dict(heads=8, epochs=20, batch=512, temperature=0.35, frozen=6),
 }
-# The built-in run: small enough for two CPU cores
+# The built-in run: small enough for minutes on two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, decoder_dim=64, decoder_depth=2, decoder_heads=4,
-    mae_epochs=20, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=2,
-    heads=4, projector_hidden=256, predictor_hidden=512, head_dim=128, queue=4096,
-    batch=256, head_epochs=3, head_lr=2e-3, warmup_epochs=1, epochs=8, lr=2e-3, layer_decay=0.8, ema=0.97,
-    local_views=4, local_size=24, knn_every=2,
+    mae_epochs=8, mae_batch=256, mae_lr=2e-3, mae_warmup_epochs=0.8,
+    heads=4, projector_hidden=256, predictor_hidden=512, head_dim=128, queue=1638,
+    batch=256, head_epochs=1.2, head_lr=2e-3, warmup_epochs=0.4, epochs=3.2, lr=2e-3, layer_decay=0.8, ema=0.925,
+    local_views=4, local_size=24, knn_every=1,
 )  # fmt: skip
 
 AUTHORS = dict(authors_head=True, authors_loss=True, authors_pairs=True)
@@ -173,7 +173,7 @@ def presets(given):
     if given.get("data", "shapes") == "shapes":
         row |= SHAPES
         if given.get("short"):
-            row |= dict(mae_epochs=8, mae_warmup_epochs=1, head_epochs=1, epochs=3)
+            row |= dict(mae_epochs=3.2, mae_warmup_epochs=0.4, head_epochs=0.4, epochs=1.2)
     if given.get("authors"):
         row |= AUTHORS
     if not given.get("color", True):
