@@ -120,11 +120,11 @@ from common import (
     BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MARKS, MEAN, MOTIONS,
     Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, TEXT, Training, ViT, View,
     Whole, adamw, add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings,
-    check_value, class_labels, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
+    check_value, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
     find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, made_by,
     mae_loss, measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table,
     progress, promote, random_masking, rank, read_json, read_lines, resize_positions, save_encoder, save_file,
-    save_picture, set_lr, shuffled, split_folder, standardise, start_machine, to_bytes, to_json, to_uint8,
+    save_picture, set_lr, shuffled, standardise, start_machine, to_bytes, to_json, to_uint8,
     torchvision_dataset, understanding, uniform, unit, unstandardise, warmup_cosine, world, write_atomic,
 )  # fmt: skip
 
@@ -249,37 +249,46 @@ def of_classes(images, path):
     all of them without a file."""
     if path is None:
         return images
-    number = {str(c): i for i, c in enumerate(images.classes)}
+    by_name = {str(c): c for c in images.classes}
     names = read_lines(path)
     for name in names:
-        need(name in number, f"{path}: {name!r} is no class; the data has {', '.join(list(number)[:5])}, …")
+        need(name in by_name, f"{path}: {name!r} is no class; the data has {', '.join(list(by_name)[:5])}, …")
     need(len(set(names)) > 1, f"{path}: fewer than two classes")
-    numbers = [number[name] for name in names]
-    kept = torch.isin(images.labels, torch.tensor(numbers)).nonzero()[:, 0]
-    return images.subset(kept, [images.classes[i] for i in numbers])
+    images = images.subset(range(len(images)), [by_name[name] for name in names])
+    return images.subset((images.labels >= 0).nonzero()[:, 0])
 
 
-def label_splits(train, shots, fraction, splits, lists, seed=0):
-    """Training sets of few labels: the images of each of `lists`; or `splits` draws of `shots` images of every class or of a
-    `fraction` of them; else the whole set alone."""
+def label_splits(images, shots=None, fraction=None, splits=1, lists=(), seed=0):
+    """Indices of training sets of few labels: the images of each of `lists`; or `splits` draws of `shots` images of every
+    class or of a `fraction` of them; else the whole set alone."""
     if lists:
-        indices = [indices_listed_in(path, train) for path in lists]
-    elif shots or fraction:
+        return [indices_listed_in(path, images) for path in lists]
+    if shots or fraction:
         draws = range(seed, seed + splits)
-        indices = [draw_per_class(train.labels, (draw, "drawn"), shots, fraction) for draw in draws]
-    else:
-        return [train]
-    return [train.subset(index) for index in indices]
+        return [draw_per_class(images.labels, (draw, "drawn"), shots, fraction) for draw in draws]
+    return [torch.arange(len(images))]
 
 
-def mean_of_splits(results, name):
-    """Results of several training sets as one: the last's, with the mean of `name`, its deviation and the single values."""
+def mean_of_splits(name, values):
+    """A number of several training sets as one result: its mean, its deviation and the single values."""
+    return {name: float(np.mean(values)), "std": float(np.std(values)), "by_split": values}
+
+
+def learn_splits(job, run, sets, name, file, learn):
+    """A classifier of each of several training sets, one stage of the run each: the last's result, with the mean of
+    `name`; the last classifier is written as `file`. learn(images, stage) → (result, Classifier)."""
+    for i, images in enumerate(sets, 1):
+        stage = f"{name} {i}"
+        if stage in run.results:  # of before the run was resumed
+            continue
+        result, classifier = learn(images, run=run, stage=stage)
+        job.save(classifier, file)
+        run.report(stage, result)
+    results = list(run.results.values())
     whole = all(isinstance(result.get(name), int | float) for result in results)
     need(whole, f"results.json of the run has no {name}: begin anew")
     values = [result[name] for result in results]
-    if len(values) == 1:
-        return results[0]
-    return results[-1] | {name: float(np.mean(values)), "std": float(np.std(values)), "by_split": values}
+    return results[-1] | (mean_of_splits(name, values) if len(values) > 1 else {})
 
 
 def default_batch(batch, images, pairs=False):
@@ -328,45 +337,36 @@ def center_views(images, size, machine, index, batch=256):
         yield views[0], used
 
 
-@torch.no_grad()
 def outputs(function, images, size, machine, index=None):
     """A function of every image, unaugmented, in one pass: ([N, …], at least float32; labels [N]), both on the device.
 
-    `function` maps standardised center crops [n, 3, size, size] to [n, …], or to a tuple of such, as which they come back;
-    `index` [N] chooses images. Under torchrun each rank computes its part and all get the whole. An unreadable image
-    counts as the next readable one.
+    `function` maps standardised center crops [n, 3, size, size] to [n, …]; `index` [N] chooses images. Under torchrun each
+    rank computes its part and all get the whole. An unreadable image counts as the next readable one.
     """
     index = torch.arange(len(images)) if index is None else index
-    share = math.ceil(len(index) / world())
-    mine = index[torch.arange(rank() * share, (rank() + 1) * share) % len(index)]
-    parts, used = [], []
+    mine = part_of_rank(index)
     views = center_views(images, size, machine, mine)
-    for x, at in progress(views, math.ceil(share / 256), "batches of images encoded"):
+    return one_pass(lambda x: function(augment(x)), views, images, machine, len(index), math.ceil(len(mine) / 256))
+
+
+@torch.no_grad()
+def one_pass(function, inputs, images, machine, count, parts):
+    """A function of every image (or video) in one pass: ([count, …], at least float32; labels [count]), both on the device.
+
+    `inputs` yields this rank's (input of the function, indices of its images) in order, `parts` times; all ranks get the
+    whole.
+    """
+    found, used = [], []
+    for x, index in progress(inputs, parts, "batches evaluated"):
         with autocast(machine.device, machine.precision):
-            parts.append(function(augment(x)))
-        used.append(at)
-
-    def whole(parts):  # of all ranks
-        if isinstance(parts[0], tuple):
-            return tuple(whole(column) for column in zip(*parts))
-        return gather(promote(torch.cat(parts)))[: len(index)]
-
-    used = gather(torch.cat(used))[: len(index)]
-    found = whole(parts)
-    need_finite(found, images, used)
-    return found, images.labels.to(machine.device)[used]
-
-
-def need_finite(found, images, used):
-    """An error if values [N, …] of the images `used` [N], or of a tuple of such, are not finite."""
-    if isinstance(found, tuple):
-        for part in found:
-            need_finite(part, images, used)
-        return
-    odd = found.isfinite().logical_not().view(len(found), -1).any(1)
+            found.append(promote(function(x)))
+        used.append(index)
+    found, used = (gather(torch.cat(column))[:count] for column in (found, used))
+    odd = found.isfinite().logical_not().view(count, -1).any(1)
     if odd.any():
-        raise InputError(f"what the encoder says of {odd.sum()} of {len(odd)} images is not finite, first of "
+        raise InputError(f"what the encoder says of {odd.sum()} of {count} images is not finite, first of "
                          f"{images.name(used[odd][0].item())}: try --precision float32, or look at the weights")  # fmt: skip
+    return found, images.labels.to(machine.device)[used]
 
 
 def pool_tokens(tokens, pool):
@@ -458,23 +458,18 @@ def nearest(train_x, test_x, k, chunk=65536, prepare=None):
     """The k most similar rows of train_x [N, D] for each row of test_x [n, D]: (similarities, indices), both [n, k].
 
     The training set is visited in chunks, each prepared once (`prepare`: rows → rows, by default as they are), so that
-    beside the features there are at most `chunk` prepared rows, and 1024 · chunk similarities.
+    beside the features there are at most `chunk` prepared rows, 1024 · chunk similarities, and of each chunk the k best.
     """
-    parts = test_x.split(1024)
-    best = [part.new_empty(len(part), 0) for part in parts]
-    indices = [value.long() for value in best]
+    values, indices = [], []
     starts = range(0, len(train_x), chunk)
     for first in progress(starts, len(starts), "parts of the training features compared"):
         rows = train_x[first : first + chunk]
         rows = (prepare(rows) if prepare else rows).T
-        for i, part in enumerate(parts):
-            similarity = part @ rows
-            value, index = similarity.topk(min(k, similarity.shape[1]), 1)
-            value = torch.cat([best[i], value], 1)
-            index = torch.cat([indices[i], index + first], 1)
-            best[i], order = value.topk(min(k, value.shape[1]), 1)
-            indices[i] = index.gather(1, order)
-    return torch.cat(best), torch.cat(indices)
+        best = [(part @ rows).topk(min(k, rows.shape[1]), 1) for part in test_x.split(1024)]
+        values.append(torch.cat([of_part.values for of_part in best]))
+        indices.append(torch.cat([of_part.indices for of_part in best]) + first)
+    values, order = torch.cat(values, 1).topk(min(k, len(train_x)), 1)
+    return values, torch.cat(indices, 1).gather(1, order)
 
 
 @torch.no_grad()
@@ -843,14 +838,8 @@ def run_probe(
     how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, block=block, cached=cached, best_epoch=best_epoch)
     how |= dict(pool="both" if both else None)
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
-    for i, images in enumerate(label_splits(train, shots, None, splits, lists)):
-        stage = f"probe {i + 1}"
-        if stage in run.results:  # of before the run was resumed
-            continue
-        result, classifier = linear_probe(job.encoder, images, val, run, **how, stage=stage)
-        job.save(classifier, "probe.pt")
-        run.report(stage, result)
-    return mean_of_splits(list(run.results.values()), "probe")
+    sets = [train.subset(index) for index in label_splits(train, shots, None, splits, lists)]
+    return learn_splits(job, run, sets, "probe", "probe.pt", partial(linear_probe, job.encoder, val=val, **how))
 
 
 # --------------------------------------------------------------------------------------------------------- few labels
@@ -939,7 +928,7 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
         else:
             w = linear_fewshot(few, labels, classes)
         by_split.append(accuracy(test_x @ w, test_y))
-    return {"lowshot": float(np.mean(by_split)), "std": float(np.std(by_split)), "by_split": by_split}
+    return mean_of_splits("lowshot", by_split)
 
 
 def run_lowshot(
@@ -956,11 +945,9 @@ def run_lowshot(
     shots, or one for all the lists."""
     train, val = job.load_labelled()
     if lists:
-        draws = {"lists": [indices_listed_in(path, train) for path in lists]}
+        draws = {"lists": label_splits(train, lists=lists)}
     else:
-        draws = {}
-        for n in shots:
-            draws[str(n)] = [draw_per_class(train.labels, (seed, "drawn"), n) for seed in range(splits)]
+        draws = {str(n): label_splits(train, n, splits=splits) for n in shots}
     needed = torch.cat(sum(draws.values(), [])).unique()
     blocks = chosen_blocks(job.encoder, 1, block or (job.encoder.depth if raw else None))
     x, y = features(job.encoder, train, job.machine, blocks, index=needed)
@@ -1308,19 +1295,14 @@ def run_finetune(
     epoch (of the last split)."""
     need((fraction is not None) + (shots is not None) + bool(lists) <= 1, "--fraction, --shots and --lists: choose one")
     train, val = job.load_labelled()
-    sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
+    seed = given.get("seed", 0)
+    sets = [train.subset(index) for index in label_splits(train, shots, fraction, splits, lists, seed)]
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
     s = given_settings(given, sets[0], job.data, name, job.encoder)
     settings = dict(recipe=name, fraction=fraction, shots=shots, splits=splits, lists=lists) | dataclasses.asdict(s)
     run = job.open_run(settings, s.clip_grad)
-    for i, images in enumerate(sets):
-        stage = f"finetune {i + 1}"
-        if stage in run.results:  # of before the run was resumed
-            continue
-        result, classifier = finetune(job.encoder, images, val, run, s, stage)
-        job.save(classifier, "finetuned.pt")
-        run.report(stage, result)
-    result = mean_of_splits(list(run.results.values()), "finetune")
+    learn = partial(finetune, job.encoder, val=val, s=s)
+    result = learn_splits(job, run, sets, "finetune", "finetuned.pt", learn)
     return {"images": len(sets[-1])} | result | {"settings": settings}
 
 
@@ -1766,12 +1748,11 @@ def effective_invariance(p, p_t, all_classes=False):
 CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts are chosen
     "rotation": [(v2.rotate, 90), (v2.rotate, 180), (v2.rotate, 270)],
     "colour": [
-        (v2.adjust_brightness, 0.5), (v2.adjust_brightness, 1.5),
-        (v2.adjust_contrast, 0.5), (v2.adjust_contrast, 1.5),
-        (v2.adjust_saturation, 0.5), (v2.adjust_saturation, 1.5),
-        (v2.adjust_hue, -0.25), (v2.adjust_hue, 0.25),
+        *itertools.product((v2.adjust_brightness, v2.adjust_contrast, v2.adjust_saturation), (0.5, 1.5)),
+        (v2.adjust_hue, -0.25),
+        (v2.adjust_hue, 0.25),
     ],
-}  # fmt: skip
+}
 
 
 def invariance(classifier, images, machine, all_classes=False):
@@ -1781,17 +1762,18 @@ def invariance(classifier, images, machine, all_classes=False):
         {"rotation", "colour"}: means over images and changes, between 0 and 1.
     """
 
-    def invariances(x):  # to rotations [n, 3] and to colours [n, 8]
+    def invariances(x):  # [n, all changes]
         pixels = unstandardise(x)
         p = classifier(x).softmax(-1)
         found = []
-        for changes in CHANGES.values():
-            changed = [classifier(standardise(change(pixels, amount))).softmax(-1) for change, amount in changes]
-            found.append(torch.stack([effective_invariance(p, p_t, all_classes) for p_t in changed], 1))
-        return tuple(found)
+        for change, amount in itertools.chain(*CHANGES.values()):
+            changed = classifier(standardise(change(pixels, amount))).softmax(-1)
+            found.append(effective_invariance(p, changed, all_classes))
+        return torch.stack(found, 1)
 
     found, _ = outputs(invariances, images, classifier.encoder.config["image_size"], machine)
-    return {kind: values.mean().item() for kind, values in zip(CHANGES, found)}
+    by_kind = found.split([len(changes) for changes in CHANGES.values()], 1)
+    return {kind: values.mean().item() for kind, values in zip(CHANGES, by_kind)}
 
 
 def run_invariance(
@@ -1834,7 +1816,7 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
     optimizer = torch.optim.SGD([dict(params=[weight, bias], peak_lr=lr * batch / 256)], momentum=0.9)
     training = Training(Run(machine), "colorhist", dict(optimizer=optimizer), len(train), batch, epochs)
 
-    def errors(x):  # of the probes [n, blocks] and of a uniform prediction [n]
+    def errors(x):  # [n, blocks + 1]: of the probes, and of a uniform prediction
         truth = histograms(x)
         with torch.no_grad(), autocast(device, machine.precision):
             cls = torch.cat([promote(pooled(encoder, part, blocks, "cls")) for part in x.split(256)])  # [n, blocks, D]
@@ -1842,11 +1824,11 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
             prediction = norm(cls.transpose(0, 1)) @ weight + bias  # [blocks, n, 192]
             if softmax:
                 prediction = prediction.unflatten(-1, (3, 64)).softmax(-1).flatten(-2)
-        return (prediction - truth).abs().mean(2).T, (1 / 64 - truth).abs().mean(1)
+        of_guess = torch.full_like(truth, 1 / 64)[None]
+        return (torch.cat([prediction, of_guess]) - truth).abs().mean(2).T
 
     for data in training.batches(train, [View(size, (0.08, 1.0))]):
-        of_probes, _ = errors(augment(data.views[0]))
-        loss = of_probes.mean(0).sum()
+        loss = errors(augment(data.views[0]))[:, :-1].mean(0).sum()
         loss.backward()
         set_lr(optimizer, warmup_cosine(training.step, training.total, training.total / epochs))
         taken, means = training.take_step(optimizer, loss)
@@ -1854,8 +1836,9 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
         training.save_if_due()
 
     norm.eval()
-    (of_probes, of_guess), _ = outputs(errors, val, size, machine)
-    return (100 * of_probes.mean(0) / of_guess.mean()).tolist()
+    found, _ = outputs(errors, val, size, machine)
+    *of_probes, of_guess = found.mean(0)
+    return [(100 * error / of_guess).item() for error in of_probes]
 
 
 def run_colorhist(
@@ -1880,16 +1863,10 @@ def run_colorhist(
 def run_stats(job):
     """Averages over features of the mean and of the variance of [CLS], after the last block and after the final norm
     (MIM-Refiner Table 14 does not say which)."""
-    encoder = job.encoder
     train, val = load_splits(job.data)
-
-    def cls_twice(x):
-        (tokens,) = encoder(x, blocks=[encoder.depth])
-        return tokens[:, 0], encoder.norm(tokens)[:, 0]
-
-    found, _ = outputs(cls_twice, val or train, encoder.config["image_size"], job.machine)
+    raw, _ = features(job.encoder, val or train, job.machine, [job.encoder.depth], "cls")
     result = {}
-    for name, x in zip(("last_block", "final_norm"), found):
+    for name, x in dict(last_block=raw[:, 0], final_norm=job.encoder.norm(raw[:, 0])).items():
         variance, mean = torch.var_mean(x, 0)
         result[name] = dict(mean=mean.mean().item(), variance=variance.mean().item())
     return result
@@ -1969,17 +1946,6 @@ def robust(classifier, images, right, machine, among=None):
     return dict(accuracy=percent, images=len(right), classes=int(among.sum()))
 
 
-def load_class_folders(path):
-    """The images of a folder of class folders; of its val/ or test/ where it has one; or a built-in or torchvision set's
-    validation images."""
-    folder = Path(path)
-    if not folder.is_dir() or split_folder(path, "val") != folder:
-        return load_images(path, "val")
-    files = [file for file in find_files(folder, SUFFIXES) if os.path.dirname(file) != str(folder)]
-    need(files, f"{path}: expected one folder of images per class")
-    return Images(*class_labels(files, folder), files=file_names(files))
-
-
 def run_robust(
     job,
     *,
@@ -1995,7 +1961,8 @@ def run_robust(
         mapping = read_json(mapping, "expected {folder: class or list of classes}")
     result = {}
     for name in sets or [job.data]:
-        images = load_class_folders(name)
+        images = load_images(name, "val", labels=False)
+        need(images.classes, f"{name}: expected one folder of images per class")
         held = classes_of_folders(images.classes, classifier.classes, mapping)
         result[name] = robust(classifier, images, held[images.labels], job.machine, held.any(0))
     if real:
@@ -3327,19 +3294,14 @@ class ClipClassifier(nn.Module):
             return self.head(feature)
 
 
-@torch.no_grad()
 def multi_view(classifier, videos, cut, machine, batch=32):
     """The average of all views' probabilities (ViC-MAE Section 4, "K x 3"), [N, C], and the labels [N]."""
+
+    def probabilities(views):
+        return sum(classifier(standardise_clips(view)).softmax(1) for view in views) / len(views)
+
     order = [(0, part) for part in part_of_rank(torch.arange(len(videos))).split(batch)]
-    found, seen = [], []
-    for views, used in progress(decode(videos, order, cut, machine), len(order), "batches of videos"):
-        with autocast(machine.device, machine.precision):
-            probabilities = sum(classifier(standardise_clips(view)).softmax(1) for view in views) / len(views)  # [n, C]
-        need_finite(probabilities, videos, used)
-        found.append(probabilities)
-        seen.append(used)
-    found, seen = (gather(torch.cat(part))[: len(videos)] for part in (found, seen))
-    return found, videos.labels.to(machine.device)[seen]
+    return one_pass(probabilities, decode(videos, order, cut, machine), videos, machine, len(videos), len(order))
 
 
 def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatial=3):

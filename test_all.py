@@ -7343,7 +7343,7 @@ BAD = {
         invariance                                        probe.pt: no such file
         robust --classifier wide.pt                       wide.pt holds no classifier
         robust --classifier code.pt                       code.pt holds more than tensors
-        robust --classifier of_ab.pt --sets empty         empty: expected one folder of images
+        robust --classifier of_ab.pt --sets empty         --data empty: no images
         robust --classifier of_ab.pt --sets no_val        folder train is no class of the classifier (a, b
         robust --classifier of_ab.pt --mapping a_file     a_file is not readable
         robust --classifier of_ab.pt --mapping list.json  list.json holds no JSON dict
