@@ -74,7 +74,6 @@ Not here: CAN Figure 9's PyramidAT, another method; costs: --cost of a paper's f
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import inspect
@@ -95,7 +94,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageFont
+from PIL import Image
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import betaincinv, gammaln
 from scipy.stats import entropy, rankdata
@@ -166,16 +165,13 @@ class Job:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as e:
             raise InputError(f"no result can be written to {folder} ({e.strerror}): choose another folder with --out") from e
-        number = 1
-        while True:
+        for number in itertools.count(1):
             path = self.file(f"{self.protocol}.json", number)
-            if not path.exists():
-                break
-            settings = read_json(path, "delete it, or choose another folder with --out").get("settings")
+            settings = dict(data=self.data)
+            if path.exists():
+                settings = read_json(path, "delete it, or choose another folder with --out").get("settings")
             if isinstance(settings, dict) and settings.get("data") == self.data:
-                break
-            number += 1
-        return dataclasses.replace(self, number=number)
+                return dataclasses.replace(self, number=number)
 
     def save(self, classifier, name):
         """Writes a classifier, in a temporary folder if it cannot be written where it should be."""
@@ -220,8 +216,7 @@ class Job:
         """Removes that folder: the result is written; or, `unless_stopped`, if this job made it and it holds no checkpoint to
         go on from."""
         folder = self.file(f"{self.protocol}.run")
-        kept = unless_stopped and (self.resume or any(folder.glob("*.pt")))
-        if rank() > 0 or kept:
+        if rank() > 0 or unless_stopped and (self.resume or any(folder.glob("*.pt"))):
             return
         for path in sorted(folder.glob("*.pt")):  # a stop meanwhile leaves a run that can go on, or begin again
             path.unlink(missing_ok=True)
@@ -232,16 +227,16 @@ def indices_listed_in(path, images):
     """Indices of the images that a file names, one a line: SimCLRv2's 1 % and 10 % of ImageNet, MSN's 1, 2 or 5 images a
     class. A line is a file's name or the end of its path (n01440764/n01440764_10026.JPEG)."""
     need(images.files is not None, f"{path}: a list of files needs a folder of files as --data")
-    indices = {line: [] for line in read_lines(path)}
-    for i, file in enumerate(images.files):
-        parts = os.fsdecode(file).split("/")
-        for first in range(len(parts)):
-            end = "/".join(parts[first:])
-            if end in indices:
-                indices[end].append(i)
-    for line, found in indices.items():
+    by_name = {}
+    for i in range(len(images)):
+        by_name.setdefault(os.path.basename(images.name(i)), []).append(i)
+    indices = []
+    for line in dict.fromkeys(read_lines(path)):
+        alike = by_name.get(os.path.basename(line), [])
+        found = [i for i in alike if f"/{images.name(i)}".endswith(f"/{line}")]
         need(len(found) == 1, f"{path}: {line} names {len(found)} images of the training set, expected one")
-    return torch.tensor(list(indices.values()))[:, 0]
+        indices += found
+    return torch.tensor(indices)
 
 
 def of_classes(images, path):
@@ -295,14 +290,6 @@ def default_batch(batch, images, pairs=False):
     """A batch that nobody chose: at most the set, and so that all processes have as much, or as many pairs."""
     share = world() * (2 if pairs else 1)
     return min(batch, len(images)) // share * share
-
-
-@contextlib.contextmanager
-def keyed(*key):
-    """Within it, torch's random numbers on the CPU depend on the key and nothing else."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random.Random(repr(key)).getrandbits(63))
-        yield
 
 
 # --------------------------------------------------------------------------------------------- one pass over the data
@@ -375,15 +362,16 @@ def pool_tokens(tokens, pool):
     return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], -1)}[pool]
 
 
-def pooled(encoder, x, blocks=None, pool=None):
+def pooled(encoder, x, blocks=None, pool=None, drop=None):
     """Features of standardised images x [n, 3, S, S].
 
     Args:
         blocks: None: after the final norm, [n, F]; or numbers from 1: after these blocks, before the final norm,
             [n, blocks, F].
         pool: "cls", "mean" (of the patch tokens), or "both" side by side (F = 2D); None: the encoder's own.
+        drop: drop-path factors, see ViT.
     """
-    tokens = encoder(x, blocks=blocks)
+    tokens = encoder(x, drop=drop, blocks=blocks)
     if blocks:
         tokens = torch.stack(tokens, 1)  # [n, blocks, 1 + L, D]
     return pool_tokens(tokens, pool or encoder.pool)
@@ -419,8 +407,12 @@ class Classifier(nn.Module):
         width = encoder.dim * len(blocks or [0]) * (2 if self.pool == "both" else 1)
         self.head = nn.Linear(width, len(self.classes))
 
+    def feature(self, x, drop=None):
+        """What the head reads, [N, F]; drop: see ViT."""
+        return pooled(self.encoder, x, self.blocks, self.pool, drop).flatten(1)
+
     def forward(self, x):
-        feature = promote(pooled(self.encoder, x, self.blocks, self.pool).flatten(1))
+        feature = promote(self.feature(x))
         with torch.autocast(x.device.type, enabled=False):  # logits as those that the probe was chosen by
             return self.head(self.norm(feature))
 
@@ -436,18 +428,18 @@ def load_classifier(path, image_size=None):
     whole = isinstance(content, dict) and {"model", "classifier"} <= content.keys()
     need(whole, f"{path} holds no classifier: `eval.py probe` writes probe.pt, `eval.py finetune` finetuned.pt")
     encoder = load_encoder(path, image_size)
-    norm = None
+    size = encoder.config["image_size"]
     with understanding(path):
         found = content["classifier"]
-        blocks, pool = found["blocks"], found["pool"]
-        known = blocks is None or type(blocks) is list and blocks and all(b in range(1, encoder.depth + 1) for b in blocks)
-        need(known and pool in ("cls", "mean", "both"), f"{path} says of its classifier: blocks {blocks}, pool {pool}")
-        if "norm.running_mean" in found["state"]:
-            norm = BatchNorm(len(found["state"]["norm.running_mean"]), affine=False)
-        classifier = Classifier(encoder, found["classes"], blocks, pool, norm)
-        state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | found["state"]
-        load_state(classifier, state, str(path))
-    return classifier.eval().requires_grad_(False)
+        state = found["state"]
+        norm = None
+        if "norm.running_mean" in state:
+            norm = BatchNorm(len(state["norm.running_mean"]), affine=False)
+        classifier = Classifier(encoder, found["classes"], found["blocks"], found["pool"], norm)
+        load_state(classifier, {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | state, str(path))
+        classifier.eval().requires_grad_(False)
+        classifier(torch.zeros(1, 3, size, size))  # an error here where blocks or pooling are none
+    return classifier
 
 
 # --------------------------------------------------------------------------------------------------------------- k-NN
@@ -579,29 +571,24 @@ PROBE_RECIPES = {
 }
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """SGD with momentum that moves a matrix in proportion to its own length (You et al. 2017, arXiv 1708.03888), in the
     form that MAE has for linear probes of large batches (CAN, Table 11), which knows no weight decay.
 
         g ← trust · ‖w‖ / ‖g‖ · g;  m ← momentum · m + g;  w ← w − lr · m
 
-    w may be [P, C, D], P matrices, and trust of shape [P, 1, 1], a list. Vectors, and groups with trust 0, skip the first
+    w may be [P, C, D], P matrices, and a group's trust of shape [P, 1, 1]. Vectors, and matrices of trust 0, skip the first
     step; where ‖w‖ or ‖g‖ is 0 the ratio is 1.
     """
-
-    def __init__(self, groups):
-        super().__init__(groups, dict(lr=0.0, momentum=0.9, trust=0.001))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                g = p.grad
                 if p.ndim > 1:
-                    ratio = matrix_norm(p, keepdim=True) / matrix_norm(g, keepdim=True) * p.new_tensor(group["trust"])
-                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.sub_(group["lr"] * m.mul_(group["momentum"]).add_(g))
+                    ratio = matrix_norm(p, keepdim=True) / matrix_norm(p.grad, keepdim=True) * group["trust"]
+                    p.grad *= torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
+        super().step()
 
 
 class Probes(nn.Module):
@@ -616,6 +603,10 @@ class Probes(nn.Module):
     def forward(self, x):
         logits = F.linear(self.norm(x), self.weight.flatten(0, 1), self.bias.flatten())  # one product, not P
         return logits.unflatten(1, self.bias.shape).transpose(0, 1)
+
+    def logits(self, number, x):
+        """Of probe `number`: [N, D] → [N, C]."""
+        return F.linear(self.norm(x), self.weight[number], self.bias[number])
 
     def classifier(self, encoder, classes, number, blocks=None, pool=None):
         """Probe `number` as a Classifier."""
@@ -667,9 +658,8 @@ def probe_scores(heads, sets, lrs, x, y, score):
     heads.eval()
     scores = {}
     for name, head, part in zip(sets, heads, x.split(list(sets.values()), 1)):
-        part = head.norm(part)
-        for lr, weight, bias in zip(lrs, head.weight, head.bias):
-            scores[name, lr] = score(F.linear(part, weight, bias), y)
+        for number, lr in enumerate(lrs):
+            scores[name, lr] = score(head.logits(number, part), y)
     heads.train()
     return scores
 
@@ -681,8 +671,7 @@ def best_probe(heads, sets, lrs, x, y, score):
     name, lr = max(scores, key=scores.get)
     number, place = lrs.index(lr), list(sets).index(name)
     probes = heads[place].eval()
-    part = x.split(list(sets.values()), 1)[place]
-    logits = F.linear(probes.norm(part), probes.weight[number], probes.bias[number])
+    logits = probes.logits(number, x.split(list(sets.values()), 1)[place])
     result = {"probe": scores[name, lr]} | top5(logits, y)
     result |= {"lr": lr, "probe_by_lr": {lr: scores[name, lr] for lr in lrs}}
     if len(sets) > 1:
@@ -714,10 +703,9 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
     heads = nn.ModuleList(Probes(len(how.lrs), width, classes) for width in widths).to(test_x.device)
     rates = test_x.new_tensor(how.lrs) * how.batch / 256
     if how.lars:  # the length of the gradients, and with it the weight of a loss, cancels
-        trust = 0.001 * rates[:, None, None]
-        weights = dict(params=[head.weight for head in heads], peak_lr=1.0, trust=trust.tolist())
+        weights = dict(params=[head.weight for head in heads], peak_lr=1.0, trust=0.001 * rates[:, None, None])
         biases = dict(params=[head.bias for head in heads], peak_lr=1.0, trust=0.0)
-        optimizer = LARS([weights, biases])
+        optimizer = LARS([weights, biases], momentum=0.9)
     else:  # an update is proportional to the rate, which is therefore a weight of the loss
         optimizer = torch.optim.SGD([dict(params=list(heads.parameters()), peak_lr=1.0)], momentum=0.9)
 
@@ -902,7 +890,6 @@ def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512):
         set_lr(optimizer, warmup_cosine(step, steps, 0))
         _, means = training.take_step(optimizer, loss.detach())
         training.log(means)
-        training.save_if_due()
     return w.detach()
 
 
@@ -962,7 +949,7 @@ def run_lowshot(
 # -------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FineTuning:
     """Settings of fine-tuning. The defaults are MAE's for a ViT-B (He et al. 2022, Table 9), which MAE-CT A.3,
     MIM-Refiner C.9 and CMAE 4.2 refer to; `recipe` changes what other tables and sizes change."""
@@ -983,8 +970,6 @@ class FineTuning:
     magnitude: Number = 9.0  # RandAugment's strength, of 10
     mixup: Number = 0.8  # alpha of Mixup's beta distribution; 0: none
     cutmix: Number = 1.0  # alpha of CutMix's; 0: none
-    mix_prob: Fraction = 1.0  # share of the pairs that are mixed: the authors' code
-    switch_prob: Fraction = 0.5  # of these, the share of CutMix where both are on: the authors' code
     erasing: Fraction = 0.25  # probability of a random box of noise: the authors' code
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
     seed: Whole = 0  # of all random numbers
@@ -1116,21 +1101,21 @@ def cutmix_box(share, middle, size):
 
 def mix(x, target, noise, s):
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of neighbours: the images in rows 2i and 2i + 1 of the global
-    batch are mixed with each other, so that none crosses from one process to another.
+    batch are mixed with each other, so that none crosses from one process to another. Every pair is mixed, where both are on
+    half of them by each (MAE's code).
 
     Args:
-        x: [N, 3, S, S], N even; target: [N, C]; noise: [N, 5] in [0, 1), on the CPU, alike in both rows of a pair;
+        x: [N, 3, S, S], N even; target: [N, C]; noise: [N, 4] in [0, 1), on the CPU, alike in both rows of a pair;
         s: FineTuning.
     Returns:
         lam · x + (1 - lam) · neighbour, lam ~ Beta(alpha, alpha) the same for both; or x with a box of the neighbour,
         whose share of the area is 1 - lam where it does not reach over the edge; and the targets mixed by the shares.
     """
     noise = noise.double()
-    cut = noise[:, 0] < (s.switch_prob if s.mixup and s.cutmix else float(s.cutmix > 0))
+    cut = noise[:, 0] < (0.5 if s.mixup and s.cutmix else float(s.cutmix > 0))
     alpha = np.where(cut, s.cutmix, s.mixup)
-    lam = betaincinv(alpha, alpha, noise[:, 1].numpy())  # the beta distribution's inverse
-    lam = torch.from_numpy(np.where(noise[:, 4] < s.mix_prob, lam, 1.0))
-    cut, lam, middle = (v.to(x.device) for v in (cut, lam, noise[:, 2:4]))
+    lam = torch.from_numpy(betaincinv(alpha, alpha, noise[:, 1].numpy()))  # the beta distribution's inverse
+    cut, lam, middle = (v.to(x.device) for v in (cut, lam, noise[:, 2:]))
     box = cutmix_box(1 - lam, middle, x.shape[-1])
     own = torch.where(cut[:, None, None], (~box).double(), lam[:, None, None]).to(x)  # [N, S, S]: weight of the own pixel
     share = own.mean((1, 2))[:, None]
@@ -1151,10 +1136,12 @@ def regularize(data, step, classes, s):
     if s.erasing:
         erase = RandomErasing(s.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")  # Zhong et al. 2020, with normal noise
         for i, row in enumerate(rows):
-            with keyed(s.seed, step, "erasing", row):
+            dice = random.Random(repr((s.seed, step, "erasing", row)))
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(dice.getrandbits(63))
                 x[i] = erase(x[i])
     if s.mixup or s.cutmix:
-        x, target = mix(x, target, uniform((s.seed, step, "mix"), data.rows // 2, 5), s)
+        x, target = mix(x, target, uniform((s.seed, step, "mix"), data.rows // 2, 4), s)
     return x, target
 
 
@@ -1192,17 +1179,20 @@ class Series(list):
         self[:] = state["values"]
 
 
-def tune(classifier, feature, stream, count, validate, s, run, stage="finetune"):
+def tune(classifier, stream, count, validate, s, run, stage="finetune"):
     """The loop of fine-tuning (He et al. Table 9): AdamW with betas 0.9 and 0.999, lr · batch / 256, linear warm-up, cosine
-    to 0, layer-wise decay and drop path in the encoder, cross-entropy with smoothed labels. No EMA.
+    to 0, layer-wise decay and drop path in the encoder, cross-entropy with smoothed labels; the head starts at
+    normal(2e-5). No EMA.
 
     Args:
-        classifier: has `encoder`, `head` and what else is new; feature: (x, drop) -> [n, D], what the head reads;
-        stream: a function from a Training to its batches from its step on, (x [n, …], targets [n, C], rows [n]); count:
-        training samples; validate: () -> (logits, labels) of val; s: FineTuning; run: keeps checkpoints, if it has a folder.
+        classifier: a Classifier, whose encoder may be frozen in part; stream: a function from a Training to its batches from
+        its step on, (x [n, …], targets [n, C], rows [n]); count: training samples; validate: () -> (logits, labels) of val;
+        s: FineTuning; run: keeps checkpoints, if it has a folder.
     Returns:
         {"finetune": accuracy after the last epoch, "top5", "finetune_by_epoch": [accuracy, …]} (CMAE Figure 4b).
     """
+    nn.init.normal_(classifier.head.weight, std=2e-5)
+    nn.init.zeros_(classifier.head.bias)
     encoder = classifier.encoder
     new = nn.ModuleList(m for name, m in classifier.named_children() if name != "encoder")
     peak = s.lr * s.batch / 256
@@ -1213,7 +1203,7 @@ def tune(classifier, feature, stream, count, validate, s, run, stage="finetune")
     training = Training(run, stage, state, count, s.batch, s.epochs)
 
     def encode(x, target, drop):
-        logits = promote(classifier.head(feature(x, drop)))
+        logits = promote(classifier.head(classifier.feature(x, drop)))
         return (), F.cross_entropy(logits, target, reduction="none", label_smoothing=s.label_smoothing)
 
     for x, target, rows in training.steps(stream(training)):
@@ -1238,8 +1228,8 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
     """Fine-tuning of an encoder (He et al. 2022, A.1; MAE-CT A.3), of its last `s.blocks` blocks with the final norm (He et
     al. 4.3; CMAE 4.5), or, with 0 blocks, of the classifier alone.
 
-    The classifier is linear on the encoder's own pooled feature (MAE's code: patch mean under a norm of its own) and
-    starts at normal(2e-5). Crops of 0.08-1 of the area, flips, then what `s` asks for.
+    The classifier is linear on the encoder's own pooled feature (MAE's code: patch mean under a norm of its own). Crops of
+    0.08-1 of the area, flips, then what `s` asks for.
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: labelled Images; run: a Run, which keeps checkpoints if it has
@@ -1248,12 +1238,9 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
         what `tune` returns and {"blocks"}; the Classifier after the last epoch.
     """
     check_tuning(s, encoder)
-    encoder = trainable_copy(encoder, s)
     size = encoder.config["image_size"]
     torch.manual_seed(s.seed)
-    classifier = Classifier(encoder, train.classes).to(run.machine.device)
-    nn.init.normal_(classifier.head.weight, std=2e-5)
-    nn.init.zeros_(classifier.head.bias)
+    classifier = Classifier(trainable_copy(encoder, s), train.classes).to(run.machine.device)
 
     def stream(training):
         views = [View(size, (0.08, 1.0))]
@@ -1261,14 +1248,8 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
         for step, data in enumerate(crops, training.step):
             yield *regularize(data, step, len(train.classes), s), data.rows
 
-    def feature(x, drop):
-        return encoder.pooled(encoder(x, drop=drop))
-
-    def validate():
-        return outputs(classifier, val, size, run.machine)
-
-    result = tune(classifier, feature, stream, len(train), validate, s, run, stage)
-    return result | {"blocks": s.blocks}, classifier
+    validate = partial(outputs, classifier, val, size, run.machine)
+    return tune(classifier, stream, len(train), validate, s, run, stage) | {"blocks": s.blocks}, classifier
 
 
 def given_settings(given, train, data, name, encoder, **changes):
@@ -1493,22 +1474,19 @@ def shades(share):
 
 
 def draw_matrix(path, counts, names, caption=""):
-    """A picture of a matrix of counts [C, C] as shares of their row; `names` stand beside rows and below columns, as many
-    as there is room for."""
+    """A picture of a matrix of counts [C, C] as shares of their row; `names` stand beside the rows, as many as there is
+    room for."""
     side = min(800, 160 * len(counts))
     cell = side / len(counts)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     names = [name if len(name) <= 24 else name[:23] + "…" for name in map(str, names)]
     _, pen = blank(1, 1)
     room = max(map(pen.textlength, names)) + TEXT
-    canvas, pen = blank(room + side, TEXT + side + room)
+    canvas, pen = blank(room + side, TEXT + side)
     canvas.paste(Image.fromarray(shades(share)).resize((side, side), Image.Resampling.NEAREST), (round(room), TEXT))
-    upright = ImageFont.TransposedFont(pen.font, Image.Transpose.ROTATE_90)
     every = math.ceil(1.2 * TEXT / cell)
     for i in range(0, len(counts), every):
-        middle = (i + 0.5) * cell
-        pen.text((room - TEXT / 2, TEXT + middle), names[i], fill="black", anchor="rm")
-        pen.text((room + middle - TEXT / 2, side + 1.5 * TEXT), names[i], fill="black", font=upright)
+        pen.text((room - TEXT / 2, TEXT + (i + 0.5) * cell), names[i], fill="black", anchor="rm")
     for (row, column), value in np.ndenumerate(share) if cell > 2 * TEXT else []:
         place = (room + (column + 0.5) * cell, TEXT + (row + 0.5) * cell)
         pen.text(place, f"{100 * value:.0f}", fill="white" if value > 0.5 else "black", anchor="mm")
@@ -1646,7 +1624,11 @@ def run_embed(
 # ------------------------------------------------------------------------------------------------- what features hold
 
 
-def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16):
+DECODERS = dict(epochs=20, batch=4096, lr=1.5e-4, dim=512, heads=16)  # MIM-Refiner C.2
+DECODERS_SHAPES = dict(epochs=8, batch=256, lr=2e-3, dim=64, heads=4)  # of the built-in images: chosen
+
+
+def reconstruction_per_block(encoder, train, val, machine, epochs, batch, lr, dim, heads):
     """Loss of an MAE decoder of two blocks after every block of the frozen encoder (MIM-Refiner C.2, Figures 3d and 6).
 
     As in training from scratch (75 % masked, AdamW, lr · batch / 256, weight decay 0.05, crops of 0.2-1), but for 20
@@ -1660,11 +1642,11 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
     size = encoder.config["image_size"]
     patches = math.prod(encoder.grid)
     blocks = last_blocks(encoder, encoder.depth)
-    norms, decoders = nn.ModuleList(), nn.ModuleList()
+    learned = nn.ModuleList()
     for _ in blocks:
-        norms.append(nn.LayerNorm(encoder.dim, eps=1e-6))
-        decoders.append(MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, dim, 2, heads))
-    learned = nn.ModuleList([norms, decoders]).to(machine.device)
+        decoder = MAEDecoder(encoder.grid, encoder.patch_size, encoder.dim, dim, 2, heads)
+        learned.append(nn.ModuleList([nn.LayerNorm(encoder.dim, eps=1e-6), decoder]))
+    learned.to(machine.device)
     optimizer = adamw(parameter_groups(learned, lr * batch / 256, 0.05))
     training = Training(Run(machine), "blocks", dict(optimizer=optimizer), len(train), batch, epochs)
 
@@ -1673,7 +1655,7 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
         ids_keep, ids_restore, mask = random_masking(noise, 0.75)
         with torch.no_grad(), autocast(machine.device, machine.precision):
             tokens_by_block = encoder(x, ids_keep, blocks=blocks)
-        for norm, decoder, tokens in zip(norms, decoders, tokens_by_block):
+        for (norm, decoder), tokens in zip(learned, tokens_by_block):
             with autocast(machine.device, machine.precision):
                 loss = mae_loss(decoder(norm(tokens), ids_restore), x, mask)
             yield loss
@@ -1685,9 +1667,8 @@ def reconstruction_per_block(encoder, train, val, machine, epochs=20, batch=4096
             loss.mean().backward()  # at once, which frees what this decoder has kept for it
             total += loss.detach().mean()
         set_lr(optimizer, warmup_cosine(training.step, training.total, training.total / 4))
-        taken, means = training.take_step(optimizer, total / len(blocks))
+        _, means = training.take_step(optimizer, total / len(blocks))
         training.log(means)
-        training.save_if_due()
 
     one_mask = uniform((0, "blocks"), torch.zeros(1, dtype=torch.long), patches, device=machine.device)
 
@@ -1710,22 +1691,14 @@ def run_blocks(
     *,
     epochs: Positive | None = None,  # of the decoders; default 20, on the built-in images 8
     batch: BatchSize | None = None,  # global: of all processes together; default 4096, built-in 256
-    lr: Positive | None = None,  # learning rate at batch 256; default 1.5e-4, built-in 2e-3
-    dim: Count | None = None,  # width of the decoders; default 512, built-in 64
-    heads: Count | None = None,  # attention heads of the decoders; default 16, built-in 4
 ):
     """k-NN and reconstruction loss of every block, and both as improvements from one block to the next (MIM-Refiner
     Figures 3b, 3d, 6); a picture of the improvements."""
     train, val = job.load_labelled()
-    built_in = job.data == "shapes"
-    settings = dict(
-        epochs=epochs or (8 if built_in else 20),
-        batch=batch or default_batch(256 if built_in else 4096, train),
-        lr=lr or (2e-3 if built_in else 1.5e-4),
-        dim=dim or (64 if built_in else 512),
-        heads=heads or (4 if built_in else 16),
-    )
-    check_batch(RunSettings(data=job.data), train, settings["batch"], settings["epochs"])
+    usual = DECODERS_SHAPES if job.data == "shapes" else DECODERS
+    batch = batch or default_batch(usual["batch"], train)
+    settings = usual | dict(batch=batch, epochs=epochs or usual["epochs"])
+    check_batch(RunSettings(data=job.data), train, batch, settings["epochs"])
     accuracies = knn_per_block(job.encoder, train, val, job.machine)
     losses = reconstruction_per_block(job.encoder, train, val, job.machine, **settings)
     gains = dict(knn=improvements(accuracies), reconstruction=improvements(-np.array(losses)))
@@ -1831,9 +1804,8 @@ def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softm
         loss = errors(augment(data.views[0]))[:, :-1].mean(0).sum()
         loss.backward()
         set_lr(optimizer, warmup_cosine(training.step, training.total, training.total / epochs))
-        taken, means = training.take_step(optimizer, loss)
+        _, means = training.take_step(optimizer, loss)
         training.log(means)
-        training.save_if_due()
 
     norm.eval()
     found, _ = outputs(errors, val, size, machine)
@@ -1905,19 +1877,14 @@ def classes_of_folders(folders, classes, mapping=None):
 def real_labels(images, content, classes, path):
     """ImageNet-ReaL's answers: [N, classes] bool of the labels that count as right for each validation image.
 
-    `content` is a list of lists of class numbers in the order of the file names (reassessed-imagenet's real.json), or
-    {file name: list}.
+    `content` is a list of lists of class numbers in the order of the file names (reassessed-imagenet's real.json).
     """
-    names = [os.path.basename(images.name(i)) for i in range(len(images))]
     order = range(len(images))
-    if isinstance(content, dict):
-        content = [content.get(name) for name in names]
-    elif images.files is not None:
-        order = sorted(order, key=names.__getitem__)
+    if images.files is not None:
+        order = sorted(order, key=lambda i: os.path.basename(images.name(i)))
     need(len(content) == len(images), f"{path} has labels of {len(content)} images, the validation set has {len(images)}")
     right = torch.zeros(len(images), len(classes), dtype=torch.bool)
     for i, numbers in zip(order, content):
-        need(numbers is not None, f"{path} has no labels for {names[i]}")
         are_classes = isinstance(numbers, list) and all(type(n) is int and 0 <= n < len(classes) for n in numbers)
         need(are_classes, f"{path}: expected lists of numbers from 0 to {len(classes) - 1}, found {numbers!r}")
         right[i, numbers] = True
@@ -1967,7 +1934,7 @@ def run_robust(
         result[name] = robust(classifier, images, held[images.labels], job.machine, held.any(0))
     if real:
         images = load_images(job.data, "val", labels=False)
-        content = read_json(real, "expected ReaL's lists of class numbers", (list, dict))
+        content = read_json(real, "expected ReaL's lists of class numbers", (list,))
         right = real_labels(images, content, classifier.classes, real)
         result["ReaL"] = robust(classifier, images, right, job.machine)
     return result
@@ -3258,24 +3225,21 @@ def standardise_clips(clips):
     return augment(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
 
 
-class ClipClassifier(nn.Module):
-    """An encoder and a linear classifier of clips: standardised [N, T, 3, S, S] → logits [N, C].
+class ClipClassifier(Classifier):
+    """A Classifier of clips: standardised [N, T, 3, S, S] → logits [N, C].
 
     how: "frames": the mean of the frames' features; "joint": the patch tokens of all frames in one sequence behind one
     [CLS], with a learned embedding a frame that starts at zero.
     """
 
     def __init__(self, encoder, classes, frames, how):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.dim, classes)
+        super().__init__(encoder, classes)
         self.how = how
         if how == "joint":
             self.time = nn.Embedding(frames, encoder.dim)
             nn.init.zeros_(self.time.weight)
 
     def feature(self, x, drop=None):
-        """[N, D], what the head reads; drop: see ViT."""
         n, t = x.shape[:2]
         drop_frames = None if drop is None else drop.repeat_interleave(t, 0)
         tokens = self.encoder.embed(x.flatten(0, 1), drop=drop_frames)  # [N · T, 1 + L, D]
@@ -3287,11 +3251,6 @@ class ClipClassifier(nn.Module):
         for i, block in enumerate(self.encoder.stack()):
             tokens = block(tokens, None if drop is None else drop[:, i - self.encoder.depth])
         return self.encoder.pooled(self.encoder.norm(tokens)).unflatten(0, (n, -1)).mean(1)
-
-    def forward(self, x):
-        feature = promote(self.feature(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(feature)
 
 
 def multi_view(classifier, videos, cut, machine, batch=32):
@@ -3315,11 +3274,8 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
     """
     machine = run.machine
     size = encoder.config["image_size"]
-    encoder = trainable_copy(encoder, s)
     torch.manual_seed(s.seed)
-    classifier = ClipClassifier(encoder, len(train.classes), frames, how).to(machine.device)
-    nn.init.normal_(classifier.head.weight, std=2e-5)
-    nn.init.zeros_(classifier.head.bias)
+    classifier = ClipClassifier(trainable_copy(encoder, s), train.classes, frames, how).to(machine.device)
     if how == "joint":
         classifier.time.requires_grad_(s.blocks != 0)  # else every block would compute gradients
     targets = F.one_hot(train.labels, len(train.classes)).float().to(machine.device)
@@ -3330,10 +3286,8 @@ def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatia
         for views, index in decode(train, order, Clips(frames, size, seed=s.seed), machine):
             yield standardise_clips(views[0]), targets[index], rows
 
-    def validate():
-        return multi_view(classifier, val, Clips(frames, size, temporal=1), machine)
-
-    result = tune(classifier, classifier.feature, stream, len(train), validate, s, run)
+    validate = partial(multi_view, classifier, val, Clips(frames, size, temporal=1), machine)
+    result = tune(classifier, stream, len(train), validate, s, run)
     probabilities, y = multi_view(classifier, val, Clips(frames, size, temporal, spatial), machine)
     return {"video": accuracy(probabilities, y)} | result | top5(probabilities, y)
 
@@ -3422,7 +3376,13 @@ PROTOCOLS = [
     run_knn, run_probe, run_lowshot, run_cluster, run_finetune, run_retrieve, run_embed, run_blocks, run_invariance,
     run_colorhist, run_stats, run_segment, run_detect, run_robust, run_transfer, run_video,
 ]  # fmt: skip
-OF_IMAGES = ("randaugment", "magnitude", "mixup", "cutmix", "mix_prob", "switch_prob", "erasing")  # in FineTuning
+OF_IMAGES = ("randaugment", "magnitude", "mixup", "cutmix", "erasing")
+TUNED = {  # protocols with FineTuning's flags, but for these
+    run_finetune: (),
+    run_detect: OF_IMAGES,
+    run_video: OF_IMAGES,
+    run_segment: (*OF_IMAGES, "label_smoothing", "min_lr", "epochs", "batch"),
+}
 
 
 def start_job(
@@ -3454,24 +3414,19 @@ def start_job(
     return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out).find_place(), of_protocol
 
 
-def add_flags(parser, function):
-    """A flag for each keyword parameter of a function, explained by the comment behind it, its default in brackets."""
-    words = comments(function)
-    for name, p in inspect.signature(function).parameters.items():
-        if p.kind is p.KEYWORD_ONLY:
+def add_flags(parser, thing, leave_out=()):
+    """A flag for each keyword parameter of a function or field of FineTuning, explained by the comment behind it, its default
+    in brackets; FineTuning's are the recipe's."""
+    words = comments(thing)
+    for name, p in inspect.signature(thing).parameters.items():
+        if p.kind is p.KEYWORD_ONLY and name not in leave_out:
             required = p.default is p.empty
-            said = "" if required or p.default in (None, ()) else f"[{as_text(p.default)}] "
-            add_flag(parser, name, p.annotation, said + words.get(name, ""), default=p.default, required=required)
-
-
-def add_tuning_flags(parser, leave_out=()):
-    """A flag for each field of FineTuning."""
-    group = parser.add_argument_group("of fine-tuning")
-    words = comments(FineTuning)
-    for field in dataclasses.fields(FineTuning):
-        if field.name not in leave_out:
-            text = f"[the recipe's] {words.get(field.name, '')}"
-            add_flag(group, field.name, field.type, text, default=argparse.SUPPRESS)
+            default, said = p.default, f"[{as_text(p.default)}] "
+            if thing is FineTuning:
+                default, said = argparse.SUPPRESS, "[the recipe's] "
+            elif required or default in (None, ()):
+                said = ""
+            add_flag(parser, name, p.annotation, said + words.get(name, ""), default=default, required=required)
 
 
 def command_line():
@@ -3484,12 +3439,8 @@ def command_line():
         command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text, usage=usage)
         command.set_defaults(run=run)
         add_flags(command.add_argument_group("of the protocol", "a switch --X has an opposite, --no_X"), run)
-        if run is run_finetune:
-            add_tuning_flags(command)
-        if run in (run_detect, run_video):
-            add_tuning_flags(command, leave_out=OF_IMAGES)
-        if run is run_segment:
-            add_tuning_flags(command, leave_out=(*OF_IMAGES, "label_smoothing", "min_lr", "epochs", "batch"))
+        if run in TUNED:
+            add_flags(command.add_argument_group("of fine-tuning"), FineTuning, TUNED[run])
         if run is not run_curve:
             add_flags(command.add_argument_group("of every protocol"), start_job)
     return parser
