@@ -379,8 +379,8 @@ def pooled(encoder, x, blocks=None, pool=None, drop=None):
 
 def last_blocks(encoder, count):
     """Numbers of the last `count` blocks."""
-    enough = 1 <= count <= encoder.depth
-    need(enough, f"the last {count} blocks are wanted, but the encoder has {encoder.depth}: choose 1 or more of them")
+    need(count <= encoder.depth,
+         f"the last {count} blocks are wanted, but the encoder has {encoder.depth}: choose 1 or more of them")  # fmt: skip
     return list(range(encoder.depth - count + 1, encoder.depth + 1))
 
 
@@ -388,6 +388,13 @@ def features(encoder, images, machine, blocks=None, pool=None, index=None):
     """Features of a whole set, as of `pooled`: ([N, (blocks,) F], labels [N])."""
     function = partial(pooled, encoder, blocks=blocks, pool=pool)
     return outputs(function, images, encoder.config["image_size"], machine, index)
+
+
+def features_of_splits(encoder, train, val, machine, blocks=None, index=None):
+    """Features and labels of the training images (of `index` [N]), then of the validation images, blocks side by side."""
+    x, y = features(encoder, train, machine, blocks, index=index)
+    test_x, test_y = features(encoder, val, machine, blocks)
+    return x.flatten(1), y, test_x.flatten(1), test_y
 
 
 class Classifier(nn.Module):
@@ -533,14 +540,11 @@ def run_knn(
     if per_block:
         return {"knn_per_block": knn_per_block(job.encoder, train, val, job.machine, **how)}
     blocks = last_blocks(job.encoder, last) if raw or last > 1 else None
-    x, y = features(job.encoder, train, job.machine, blocks)
-    test_x, test_y = features(job.encoder, val, job.machine, blocks)
-    return knn(x.flatten(1), y, test_x.flatten(1), test_y, **how)
+    return knn(*features_of_splits(job.encoder, train, val, job.machine, blocks), **how)
 
 
 # ----------------------------------------------------------------------------------------------------- linear probing
 
-PROBE_LRS = tuple(i / 100 for i in range(10, 0, -1))  # MAE-CT, Table 11: 0.1, 0.09, … 0.01
 DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -548,7 +552,7 @@ DINOV2_LRS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1
 class ProbeRecipe:
     """How probes are trained; all with momentum 0.9, no weight decay, linear warm-up, cosine to 0, random crops."""
 
-    lrs: tuple = PROBE_LRS  # at batch 256, all of them at once
+    lrs: tuple = tuple(i / 100 for i in range(10, 0, -1))  # at batch 256, all at once; MAE-CT Table 11: 0.1, 0.09, … 0.01
     epochs: int = 50
     batch: int = 1024
     warmup: float = 0.1  # share of the steps: 5 epochs
@@ -607,13 +611,6 @@ class Probes(nn.Module):
     def logits(self, number, x):
         """Of probe `number`: [N, D] → [N, C]."""
         return F.linear(self.norm(x), self.weight[number], self.bias[number])
-
-    def classifier(self, encoder, classes, number, blocks=None, pool=None):
-        """Probe `number` as a Classifier."""
-        classifier = Classifier(encoder, classes, blocks, pool, self.norm)
-        classifier.head.weight.data = self.weight.data[number]
-        classifier.head.bias.data = self.bias.data[number]
-        return classifier
 
 
 def cached_batches(x, y, training):
@@ -702,12 +699,11 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
     widths = list(sets.values())
     heads = nn.ModuleList(Probes(len(how.lrs), width, classes) for width in widths).to(test_x.device)
     rates = test_x.new_tensor(how.lrs) * how.batch / 256
-    if how.lars:  # the length of the gradients, and with it the weight of a loss, cancels
-        weights = dict(params=[head.weight for head in heads], peak_lr=1.0, trust=0.001 * rates[:, None, None])
-        biases = dict(params=[head.bias for head in heads], peak_lr=1.0, trust=0.0)
-        optimizer = LARS([weights, biases], momentum=0.9)
-    else:  # an update is proportional to the rate, which is therefore a weight of the loss
-        optimizer = torch.optim.SGD([dict(params=list(heads.parameters()), peak_lr=1.0)], momentum=0.9)
+    # SGD's update is proportional to the rate, which is therefore a weight of the loss; in LARS's of matrices the length of
+    # the gradients, and with it that weight, cancels
+    weights = dict(params=[head.weight for head in heads], peak_lr=1.0, trust=0.001 * rates[:, None, None])
+    biases = dict(params=[head.bias for head in heads], peak_lr=1.0, trust=0.0)
+    optimizer = (LARS if how.lars else torch.optim.SGD)([weights, biases], momentum=0.9)
 
     best = copy.deepcopy(heads) if best_epoch else heads
     by_epoch = Series()
@@ -793,10 +789,12 @@ def linear_probe(encoder, train, val, run, recipe="mae_ct", epochs=None, batch=N
         stream = partial(cached_batches, *outputs(function, train, size, run.machine))
     else:
         stream = partial(augmented_batches, function, train, View(size, (0.08, 1.0), how.flip))
-    classes = train.classes
-    result, probes, number = probe(stream, test_x, test_y, len(train), len(classes), run, how, widths, **other)
+    count = len(train.classes)
+    result, probes, number = probe(stream, test_x, test_y, len(train), count, run, how, widths, **other)
     result = {"features": next(iter(sets))} | result
-    classifier = probes.classifier(encoder, classes, number, *sets[result["features"]])
+    classifier = Classifier(encoder, train.classes, *sets[result["features"]], probes.norm)
+    classifier.head.weight.data = probes.weight.data[number]
+    classifier.head.bias.data = probes.bias.data[number]
     return result | dict(recipe=recipe, epochs=how.epochs, batch=batch, cached=cached), classifier
 
 
@@ -823,8 +821,9 @@ def run_probe(
     need(last == 1 or not block, f"--block {block} is read alone: leave out --last {last}")
     need(not (shots and lists), "--shots and --lists: choose one")
     train, val = job.load_labelled()
-    how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, block=block, cached=cached, best_epoch=best_epoch)
-    how |= dict(pool="both" if both else None)
+    pool = "both" if both else None
+    how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool=pool, block=block, cached=cached,
+               best_epoch=best_epoch)  # fmt: skip
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
     sets = [train.subset(index) for index in label_splits(train, shots, None, splits, lists)]
     return learn_splits(job, run, sets, "probe", "probe.pt", partial(linear_probe, job.encoder, val=val, **how))
@@ -937,12 +936,11 @@ def run_lowshot(
         draws = {str(n): label_splits(train, n, splits=splits) for n in shots}
     needed = torch.cat(sum(draws.values(), [])).unique()
     blocks = chosen_blocks(job.encoder, 1, block or (job.encoder.depth if raw else None))
-    x, y = features(job.encoder, train, job.machine, blocks, index=needed)
-    test_x, test_y = features(job.encoder, val, job.machine, blocks)
+    found = features_of_splits(job.encoder, train, val, job.machine, blocks, needed)
     result = {}
     for name, indices in draws.items():
         rows = [torch.searchsorted(needed, i) for i in indices]
-        result[name] = lowshot(x.flatten(1), y, test_x.flatten(1), test_y, rows, recipe=recipe)
+        result[name] = lowshot(*found, rows, recipe=recipe)
     return result
 
 
@@ -1487,9 +1485,6 @@ def draw_matrix(path, counts, names, caption=""):
     every = math.ceil(1.2 * TEXT / cell)
     for i in range(0, len(counts), every):
         pen.text((room - TEXT / 2, TEXT + (i + 0.5) * cell), names[i], fill="black", anchor="rm")
-    for (row, column), value in np.ndenumerate(share) if cell > 2 * TEXT else []:
-        place = (room + (column + 0.5) * cell, TEXT + (row + 0.5) * cell)
-        pen.text(place, f"{100 * value:.0f}", fill="white" if value > 0.5 else "black", anchor="mm")
     legend = {f"{p} %": (tuple(shades(np.array(p / 100))), 4, 0) for p in (25, 50, 75, 100)}
     save_picture(path, canvas, caption + (f"; one name in {every} is shown" if every > 1 else ""), legend)
 
@@ -1523,11 +1518,10 @@ def draw_neighbours(path, images, size, index, names, labels, caption, queries=0
     rows = []
     for row, name, label in zip(index.cpu(), names, labels.tolist()):
         views = torch.cat([x for x, _ in center_views(images, size, Machine(torch.device("cpu")), row)])
+        frames = [None] * len(row)
         if images.classes:
             frames = ["same class" if images.labels[i] == label else "another class" for i in row]
             name = f"{name}: {images.classes[label]}"
-        else:
-            frames = [None] * len(row)
         rows.append((name, views, ["query"] * queries + frames[queries:]))
     draw_rows(path, rows, caption=caption)
 
@@ -1710,14 +1704,6 @@ def run_blocks(
     return result | {f"{name}_improvement": values for name, values in gains.items()}
 
 
-def effective_invariance(p, p_t, all_classes=False):
-    """Of probabilities [N, C] of images and of their changed versions: √(p̂ p̂_t) of the predicted classes where these
-    agree, else 0: [N] (MAE-CT 4.4, after Deng et al. 2022). The text fits √(Σ p p_t) over all classes as well, which is
-    the authors' code's: `all_classes`."""
-    product = (p * p_t).sum(-1) if all_classes else p.amax(-1) * p_t.amax(-1)
-    return product.sqrt() * (p.argmax(-1) == p_t.argmax(-1))
-
-
 CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts are chosen
     "rotation": [(v2.rotate, 90), (v2.rotate, 180), (v2.rotate, 270)],
     "colour": [
@@ -1729,7 +1715,10 @@ CHANGES = {  # of images in [0, 1]; Table 6 names the operations, their amounts 
 
 
 def invariance(classifier, images, machine, all_classes=False):
-    """Average effective invariance of a linear classifier to CHANGES (MAE-CT Table 6); all_classes: see above.
+    """Average effective invariance of a linear classifier to CHANGES (MAE-CT 4.4, Table 6, after Deng et al. 2022).
+
+    Of the probabilities p of an image and p_t of its changed version it is √(p̂ p̂_t) of the predicted classes where these
+    agree, else 0. The text fits √(Σ p p_t) over all classes as well, which is the authors' code's: `all_classes`.
 
     Returns:
         {"rotation", "colour"}: means over images and changes, between 0 and 1.
@@ -1740,8 +1729,9 @@ def invariance(classifier, images, machine, all_classes=False):
         p = classifier(x).softmax(-1)
         found = []
         for change, amount in itertools.chain(*CHANGES.values()):
-            changed = classifier(standardise(change(pixels, amount))).softmax(-1)
-            found.append(effective_invariance(p, changed, all_classes))
+            p_t = classifier(standardise(change(pixels, amount))).softmax(-1)
+            product = (p * p_t).sum(-1) if all_classes else p.amax(-1) * p_t.amax(-1)
+            found.append(product.sqrt() * (p.argmax(-1) == p_t.argmax(-1)))
         return torch.stack(found, 1)
 
     found, _ = outputs(invariances, images, classifier.encoder.config["image_size"], machine)
@@ -3194,30 +3184,25 @@ class Clips:
     seed: int = 0
 
     def __call__(self, videos, epoch, index):
+        dice = random.Random(repr((self.seed, epoch, index)))
         clip = videos.open_clip(index)
-        if not self.temporal:
-            dice = random.Random(repr((self.seed, epoch, index)))
-            pictures = self.pictures(clip, dice.random())
-            view = self.cut(pictures, *crop_box(dice, pictures[0].height, pictures[0].width, (0.5, 1.0)))
-            return [view.flip(-1) if dice.random() < 0.5 else view]
-        places = np.linspace(0, 1, self.spatial) if self.spatial > 1 else [0.5]
         views = []
-        for k in range(self.temporal):
-            pictures = self.pictures(clip, (k + 0.5) / self.temporal)
-            w, h = pictures[0].size
-            side = min(w, h)
-            views += [self.cut(pictures, round((h - side) * p), round((w - side) * p), side, side) for p in places]
+        for offset in [(k + 0.5) / self.temporal for k in range(self.temporal)] or [dice.random()]:
+            pictures = [clip.frame(int((t + offset) * clip.length / self.frames)) for t in range(self.frames)]
+            for top, left, h, w in self.boxes(dice, *pictures[0].size):
+                how = (self.size, self.size), Image.Resampling.BICUBIC, (left, top, left + w, top + h)
+                views.append(torch.stack([to_uint8(picture.resize(*how)) for picture in pictures]))
+        if not self.temporal and dice.random() < 0.5:
+            views[0] = views[0].flip(-1)
         return views
 
-    def pictures(self, clip, offset):
-        """The clip's frames."""
-        return [clip.frame(int((t + offset) * clip.length / self.frames)) for t in range(self.frames)]
-
-    def cut(self, pictures, top, left, h, w):
-        """The same box of all pictures."""
-        box = (left, top, left + w, top + h)
-        square = (self.size, self.size)
-        return torch.stack([to_uint8(picture.resize(square, Image.Resampling.BICUBIC, box)) for picture in pictures])
+    def boxes(self, dice, width, height):
+        """(top, left, height, width) of a random crop, or of the squares."""
+        if not self.temporal:
+            return [crop_box(dice, height, width, (0.5, 1.0))]
+        side = min(width, height)
+        places = np.linspace(0, 1, self.spatial) if self.spatial > 1 else [0.5]
+        return [(round((height - side) * p), round((width - side) * p), side, side) for p in places]
 
 
 def standardise_clips(clips):
@@ -3365,10 +3350,9 @@ def run_curve(
 def evaluate(encoder, train, val, machine, normalization="standardize"):
     """The table that ends a training run: k-NN, linear probe (on cached, unaugmented features), clusters of the pooled
     feature. `normalization` is that of `cluster`."""
-    x, y = features(encoder, train, machine)
-    test_x, test_y = features(encoder, val, machine)
-    clusters, _ = cluster(test_x, test_y, normalization=normalization, precision=machine.precision)
-    values = dict(knn=knn(x, y, test_x, test_y, ks=[min(10, len(x))])["knn"], probe=cached_probe(x, y, test_x, test_y)["probe"])
+    found = features_of_splits(encoder, train, val, machine)
+    clusters, _ = cluster(*found[2:], normalization=normalization, precision=machine.precision)
+    values = dict(knn=knn(*found, ks=[min(10, len(train))])["knn"], probe=cached_probe(*found)["probe"])
     return values | {name: clusters[name] for name in ("cluster_acc", "nmi", "silhouette")}
 
 
