@@ -256,6 +256,7 @@ def of_classes(images, path):
 def label_splits(images, shots=None, fraction=None, splits=1, lists=(), seed=0):
     """Indices of training sets of few labels: the images of each of `lists`; or `splits` draws of `shots` images of every
     class or of a `fraction` of them; else the whole set alone."""
+    need(bool(shots) + bool(fraction) + bool(lists) <= 1, "--fraction, --shots and --lists: choose one")
     if lists:
         return [indices_listed_in(path, images) for path in lists]
     if shots or fraction:
@@ -269,14 +270,15 @@ def mean_of_splits(name, values):
     return {name: float(np.mean(values)), "std": float(np.std(values)), "by_split": values}
 
 
-def learn_splits(job, run, sets, name, file, learn):
-    """A classifier of each of several training sets, one stage of the run each: the last's result, with the mean of
-    `name`; the last classifier is written as `file`. learn(images, stage) → (result, Classifier)."""
-    for i, images in enumerate(sets, 1):
+def learn_splits(job, run, train, splits, name, file, learn):
+    """A classifier of each of several training sets, their indices in `train`, one stage of the run each: the last's
+    result, with the mean of `name`; the last classifier is written as `file`. learn(images, run, stage) → (result,
+    Classifier)."""
+    for i, index in enumerate(splits, 1):
         stage = f"{name} {i}"
         if stage in run.results:  # of before the run was resumed
             continue
-        result, classifier = learn(images, run=run, stage=stage)
+        result, classifier = learn(train.subset(index), run=run, stage=stage)
         job.save(classifier, file)
         run.report(stage, result)
     results = list(run.results.values())
@@ -485,11 +487,12 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
         {"knn": best accuracy, "k": its k, "knn_by_k": {k: accuracy}}.
     """
     need(max(ks) <= len(train_x), f"k = {max(ks)} is larger than the training set of {len(train_x)}")
+    prepare = F.normalize
     if standardize:
         std, mean = torch.std_mean(train_x, 0)
 
-    def prepare(x):
-        return F.normalize((x - mean) / (std + 1e-6) if standardize else x, dim=1)
+        def prepare(x):
+            return F.normalize((x - mean) / (std + 1e-6))
 
     own = slice(rank(), None, world())  # rows of the test set
     similarities, neighbours = nearest(train_x, prepare(test_x[own]), max(ks), prepare=prepare)
@@ -819,14 +822,13 @@ def run_probe(
     need(plain or not PROBE_RECIPES[recipe].grid,
          f"--recipe {recipe} tries features of its own: leave out --last, --both and --block")  # fmt: skip
     need(last == 1 or not block, f"--block {block} is read alone: leave out --last {last}")
-    need(not (shots and lists), "--shots and --lists: choose one")
     train, val = job.load_labelled()
     pool = "both" if both else None
     how = dict(recipe=recipe, epochs=epochs, batch=batch, last=last, pool=pool, block=block, cached=cached,
                best_epoch=best_epoch)  # fmt: skip
     run = Run(job.machine) if cached else job.open_run(how | dict(shots=shots, splits=splits, lists=lists))
-    sets = [train.subset(index) for index in label_splits(train, shots, None, splits, lists)]
-    return learn_splits(job, run, sets, "probe", "probe.pt", partial(linear_probe, job.encoder, val=val, **how))
+    sets = label_splits(train, shots, None, splits, lists)
+    return learn_splits(job, run, train, sets, "probe", "probe.pt", partial(linear_probe, job.encoder, val=val, **how))
 
 
 # --------------------------------------------------------------------------------------------------------- few labels
@@ -909,7 +911,7 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
     for split in progress(splits, len(splits), "classifiers of few labels"):
         few, labels = x[split], y[split]
         if recipe == "logistic":
-            few = F.normalize(few - few.mean(1, keepdim=True), dim=1)
+            few = F.normalize(few - few.mean(1, keepdim=True))
             w = logistic_regression(few, labels, classes, penalty / len(few))
         else:
             w = linear_fewshot(few, labels, classes)
@@ -1272,16 +1274,14 @@ def run_finetune(
 ):
     """Fine-tuning (He et al. 2022, A.1; MAE-CT A.3), also with few labels; writes finetuned.pt, the classifier after the last
     epoch (of the last split)."""
-    need((fraction is not None) + (shots is not None) + bool(lists) <= 1, "--fraction, --shots and --lists: choose one")
     train, val = job.load_labelled()
-    seed = given.get("seed", 0)
-    sets = [train.subset(index) for index in label_splits(train, shots, fraction, splits, lists, seed)]
+    sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
-    s = given_settings(given, sets[0], job.data, name, job.encoder)
+    s = given_settings(given, train.subset(sets[0]), job.data, name, job.encoder)
     settings = dict(recipe=name, fraction=fraction, shots=shots, splits=splits, lists=lists) | dataclasses.asdict(s)
     run = job.open_run(settings, s.clip_grad)
     learn = partial(finetune, job.encoder, val=val, s=s)
-    result = learn_splits(job, run, sets, "finetune", "finetuned.pt", learn)
+    result = learn_splits(job, run, train, sets, "finetune", "finetuned.pt", learn)
     return {"images": len(sets[-1])} | result | {"settings": settings}
 
 
@@ -1453,7 +1453,7 @@ def cluster(x, y, runs=100, normalization="standardize", precision=torch.float32
         (MAE-CT Tables 20, 22) under "average"; the confusion matrix [classes, clusters], clusters in the order of the
         classes that they are matched with).
     """
-    x = z_scores(x) if normalization == "standardize" else F.normalize(x, dim=1)
+    x = z_scores(x) if normalization == "standardize" else F.normalize(x)
     y = y.unique(return_inverse=True)[1]
     k = int(y.max()) + 1
     assigned, losses = kmeans(x, k, runs, precision=precision)
@@ -1547,7 +1547,7 @@ def run_retrieve(
     need(fits, f"{neighbours} neighbours, {k} clusters: the data has {len(images)} images, choose fewer")
     x, y = features(job.encoder, images, job.machine)
 
-    normal = F.normalize(x, dim=1)
+    normal = F.normalize(x)
     order = uniform((0, "queries"), torch.arange(len(x)), 1)[:, 0].argsort()
     queries = order[:samples].to(x.device)
     similarity = (normal[queries] @ normal.T).scatter(1, queries[:, None], math.inf)  # the sample itself comes first
@@ -1604,7 +1604,7 @@ def run_embed(
     _, images = job.load_labelled()
     images = of_classes(images, classes)
     x, y = features(job.encoder, images, job.machine)
-    x = F.normalize(x, dim=1)
+    x = F.normalize(x)
     points, how = embed(x)
     if rank() == 0:
         groups = [(str(name), y == c) for c, name in enumerate(images.classes[: len(MARKS)])]
@@ -3439,12 +3439,6 @@ def as_text(value):
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def print_result(result):
-    """Prints a protocol's numbers, one a line; lists and dicts in one line."""
-    for name, value in result.items():
-        print0(f"{name:>16}  {as_text(value)} {unit(name)}".rstrip())
-
-
 def main(argv):
     """Runs a subcommand: prints its result and writes it, with all settings, as PROTOCOL.json beside the encoder."""
     given = vars(command_line().parse_args(argv))
@@ -3463,7 +3457,8 @@ def main(argv):
         raise
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
     del settings["resume"]
-    print_result(result)
+    for name, value in result.items():  # lists and dicts in one line
+        print0(f"{name:>16}  {as_text(value)} {unit(name)}".rstrip())
     if rank() == 0:
         units = {name: unit(name) for name in result if unit(name)}
         about = dict(settings=settings, units=units, made_by=made_by(job.machine))
