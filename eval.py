@@ -165,13 +165,13 @@ class Job:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as e:
             raise InputError(f"no result can be written to {folder} ({e.strerror}): choose another folder with --out") from e
-        for number in itertools.count(1):
-            path = self.file(f"{self.protocol}.json", number)
+        for self.number in itertools.count(1):
+            path = self.file(f"{self.protocol}.json")
             settings = dict(data=self.data)
             if path.exists():
                 settings = read_json(path, "delete it, or choose another folder with --out").get("settings")
             if isinstance(settings, dict) and settings.get("data") == self.data:
-                return dataclasses.replace(self, number=number)
+                return self
 
     def save(self, classifier, name):
         """Writes a classifier, in a temporary folder if it cannot be written where it should be."""
@@ -728,7 +728,9 @@ def probe(stream, test_x, test_y, count, classes, run, how=ProbeRecipe(), sets=N
         training.save_if_due()
 
     result, probes, number = best_probe(best, sets, how.lrs, test_x, test_y, score)
-    return result | ({"probe_by_epoch": list(by_epoch)} if best_epoch else {}), probes, number
+    if best_epoch:
+        result["probe_by_epoch"] = list(by_epoch)
+    return result, probes, number
 
 
 def cached_probe(x, y, test_x, test_y):
@@ -844,7 +846,8 @@ def logistic_regression(x, y, classes, penalty, tolerance=1e-4):
     """
     curvature, axes = torch.linalg.eigh(x.T @ x / (len(x) * classes))  # at W = 0
     scale = (curvature.clamp(min=0) + 200 * penalty) ** -0.5  # 200: chosen; the curvature falls on the way to the minimum
-    descent = (x @ (axes * scale)).T @ (F.one_hot(y, classes) - 1 / classes).to(x)
+    onehot = F.one_hot(y, classes).to(x)
+    descent = (x @ (axes * scale)).T @ (onehot - 1 / classes)
     scale = scale * (2 * math.log(classes) * len(x) / descent.norm().clamp(min=1e-30))  # the first step's length is 1
     x = x @ (axes * scale)
     shrink = penalty * scale.double().square()[:, None]
@@ -856,7 +859,7 @@ def logistic_regression(x, y, classes, penalty, tolerance=1e-4):
         logits = x @ v.to(x)  # [N, C]
         logits = logits - logits.gather(1, y[:, None])  # so that a loss near 0 does not cancel
         log_sum = logits.logsumexp(1, keepdim=True)
-        error = (logits - log_sum).exp().scatter_add_(1, y[:, None], torch.full_like(log_sum, -1))  # p − onehot
+        error = (logits - log_sum).exp() - onehot
         gradient = (x.T @ error / len(x)).double() + shrink * v
         value = (log_sum.double().mean() + (shrink * v * v).sum() / 2).item()
         of_w = gradient / scale[:, None]
@@ -1607,9 +1610,9 @@ def run_embed(
     x = F.normalize(x)
     points, how = embed(x)
     if rank() == 0:
-        groups = [(str(name), y == c) for c, name in enumerate(images.classes[: len(MARKS)])]
-        groups.append(("others", y >= len(MARKS)))
-        curves = {name: points[chosen].T.tolist() for name, chosen in groups if chosen.any()}
+        names = [*map(str, images.classes[: len(MARKS)]), "others"]
+        group = y.clamp(max=len(MARKS))
+        curves = {names[c]: points[group == c].T.tolist() for c in group.unique()}
         caption = f"{len(x)} L2-normalised features by {how}"
         draw_curves(job.file("embed.png"), curves, "first dimension", "second dimension", caption, joined=False)
     return dict(embedding=how, silhouette=silhouette(x, y))
