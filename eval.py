@@ -897,7 +897,7 @@ def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512):
     return w.detach()
 
 
-def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
+def lowshot(x, y, test_x, test_y, splits, recipe="logistic"):
     """A linear classifier from a few labels a class, mean accuracy in percent over several splits.
 
     "logistic": L2-regularised logistic regression, without intercept (MAE-CT A.3, MIM-Refiner C.5, both after MSN): its
@@ -915,7 +915,7 @@ def lowshot(x, y, test_x, test_y, splits, penalty=0.00025, recipe="logistic"):
         few, labels = x[split], y[split]
         if recipe == "logistic":
             few = F.normalize(few - few.mean(1, keepdim=True))
-            w = logistic_regression(few, labels, classes, penalty / len(few))
+            w = logistic_regression(few, labels, classes, 0.00025 / len(few))
         else:
             w = linear_fewshot(few, labels, classes)
         by_split.append(accuracy(test_x @ w, test_y))
@@ -1055,6 +1055,11 @@ def affine(x, shear=(0, 0), translate=(0, 0)):
     return v2.affine(x, 0.0, pixels, 1.0, angles, InterpolationMode.BILINEAR, FILL, [0, 0])
 
 
+def enhancement(m):
+    """The factor of colour, contrast, brightness or sharpness."""
+    return max(0.1, 1 + 0.9 * m)
+
+
 FILL = [255 * value for value in MEAN]
 # The operations of RandAugment, of an image uint8 [3, S, S] and a strength m in [-1, 1]; where a sign means nothing, |m|
 # counts. Those of MAE's code (timm's "increasing" list).
@@ -1066,10 +1071,10 @@ RAND_AUGMENT = {
     "posterize": lambda x, m: v2.posterize(x, 4 - int(4 * abs(m))),
     "solarize": solarize,
     "solarize_add": lambda x, m: torch.where(x < 128, x + int(110 * abs(m)), x),
-    "color": lambda x, m: v2.adjust_saturation(x, max(0.1, 1 + 0.9 * m)),
-    "contrast": lambda x, m: v2.adjust_contrast(x, max(0.1, 1 + 0.9 * m)),
-    "brightness": lambda x, m: v2.adjust_brightness(x, max(0.1, 1 + 0.9 * m)),
-    "sharpness": lambda x, m: v2.adjust_sharpness(x, max(0.1, 1 + 0.9 * m)),
+    "color": lambda x, m: v2.adjust_saturation(x, enhancement(m)),
+    "contrast": lambda x, m: v2.adjust_contrast(x, enhancement(m)),
+    "brightness": lambda x, m: v2.adjust_brightness(x, enhancement(m)),
+    "sharpness": lambda x, m: v2.adjust_sharpness(x, enhancement(m)),
     "shear_x": lambda x, m: affine(x, shear=(m, 0)),
     "shear_y": lambda x, m: affine(x, shear=(0, m)),
     "translate_x": lambda x, m: affine(x, translate=(m, 0)),
@@ -1077,7 +1082,7 @@ RAND_AUGMENT = {
 }
 
 
-def rand_augment(image, dice, layers=2, magnitude=9.0):
+def rand_augment(image, dice, layers, magnitude):
     """RandAugment (Cubuk et al. 2020) as in MAE's code: timm's rand-m9-mstd0.5-inc1.
 
     In each layer an image uint8 [3, S, S] gets one of RAND_AUGMENT with probability 0.5, at a strength of
@@ -1334,13 +1339,13 @@ def assign(points, centres):
 
 
 @torch.no_grad()
-def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=torch.float32):
+def kmeans(x, k, runs=100, seed=0, precision=torch.float32):
     """k-means (Lloyd) from k-means++ starts.
 
     Points go to their centres in `precision` until the centres stand still, from then on in x's own type until they do so
-    there. They stand still when they moved, in squared length, by no more than tolerance · mean feature variance
-    (scikit-learn's rule). A cluster that loses all its points keeps its centre. Under torchrun each rank has its part of
-    the runs.
+    there. They stand still when they moved, in squared length, by no more than 1e-4 of the mean feature variance, or after
+    300 rounds (scikit-learn's rules). A cluster that loses all its points keeps its centre. Under torchrun each rank has its
+    part of the runs.
 
     Args:
         x [N, D]; k clusters.
@@ -1349,13 +1354,13 @@ def kmeans(x, k, runs=100, iterations=300, tolerance=1e-4, seed=0, precision=tor
     """
     x = x - x.mean(0)  # what is rounded should be small
     low = x.to(precision)
-    still = tolerance * x.var(0, unbiased=False).mean()
+    still = 1e-4 * x.var(0, unbiased=False).mean()
     starts = part_of_rank(kmeans_plus_plus(x, k, runs, precision, seed))
     assignments, losses = [], []
     for chosen in progress(starts, len(starts), "k-means runs"):
         centres = x[chosen]
         points = low
-        for _ in range(iterations):
+        for _ in range(300):
             assigned = assign(points, centres).indices
             count = torch.bincount(assigned, minlength=k)
             means = F.embedding_bag(assigned.argsort(), x, count.cumsum(0) - count, mode="mean")
@@ -1754,14 +1759,14 @@ def run_invariance(
     return invariance(job.load_classifier(classifier), val or train, job.machine, all_classes)
 
 
-def histograms(x, bins=64):
+def histograms(x):
     """Colour histograms of standardised images [n, 3, H, W]: each channel's shares of 64 bins, [n, 192] (MAE-CT A.4)."""
-    level = (unstandardise(x) * 255).round().long() * bins // 256
-    counts = x.new_zeros(len(x), 3, bins).scatter_add_(2, level.flatten(2), torch.ones_like(x).flatten(2))
+    level = (unstandardise(x) * 255).round().long() * 64 // 256
+    counts = x.new_zeros(len(x), 3, 64).scatter_add_(2, level.flatten(2), torch.ones_like(x).flatten(2))
     return (counts / math.prod(x.shape[2:])).flatten(1)
 
 
-def colorhist(encoder, train, val, machine, epochs=10, batch=1024, lr=0.1, softmax=False):
+def colorhist(encoder, train, val, machine, epochs, batch, lr, softmax=False):
     """Histogram prediction error: how badly linear probes tell an image's colour histogram from [CLS] after each block
     (MAE-CT A.4, Figure 3).
 
@@ -3251,7 +3256,7 @@ def multi_view(classifier, videos, cut, machine, batch=32):
     return one_pass(probabilities, decode(videos, order, cut, machine), videos, machine, len(videos), len(order))
 
 
-def video(encoder, train, val, run, s, frames=4, how="joint", temporal=7, spatial=3):
+def video(encoder, train, val, run, s, frames, how, temporal, spatial):
     """Fine-tuning on videos, or with s.blocks = 0 a probe, and multi-view testing (ViC-MAE Section 4).
 
     Args:
@@ -3302,10 +3307,9 @@ def run_video(
     s = given_settings(given, train, data, "vicmae_subset", job.encoder, **changes)
     temporal = temporal or (3 if built_in else 7)
     spatial = spatial or (1 if built_in else 3)
-    settings = dict(data=data, how=how, label=label, frames=frames, temporal=temporal, spatial=spatial)
-    settings |= dataclasses.asdict(s)
-    result = video(job.encoder, train, val, job.open_run(settings), s, frames, how, temporal, spatial)
-    return result | dict(settings=settings)
+    clips = dict(how=how, frames=frames, temporal=temporal, spatial=spatial)
+    settings = dict(data=data, label=label) | clips | dataclasses.asdict(s)
+    return video(job.encoder, train, val, job.open_run(settings), s, **clips) | dict(settings=settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
