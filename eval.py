@@ -94,7 +94,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFont
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import betaincinv, gammaln
 from scipy.stats import entropy, rankdata
@@ -1480,19 +1480,24 @@ def shades(share):
 
 
 def draw_matrix(path, counts, names, caption=""):
-    """A picture of a matrix of counts [C, C] as shares of their row; `names` stand beside the rows, as many as there is
-    room for."""
+    """A picture of a matrix of counts [C, C] as shares of their row; `names` stand beside rows and below columns, as many
+    as there is room for."""
     side = min(800, 160 * len(counts))
     cell = side / len(counts)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     names = [name if len(name) <= 24 else name[:23] + "…" for name in map(str, names)]
     _, pen = blank(1, 1)
     room = max(map(pen.textlength, names)) + TEXT
-    canvas, pen = blank(room + side, TEXT + side)
+    canvas, pen = blank(room + side, TEXT + side + room)
     canvas.paste(Image.fromarray(shades(share)).resize((side, side), Image.Resampling.NEAREST), (round(room), TEXT))
     every = math.ceil(1.2 * TEXT / cell)
     for i in range(0, len(counts), every):
-        pen.text((room - TEXT / 2, TEXT + (i + 0.5) * cell), names[i], fill="black", anchor="rm")
+        middle = (i + 0.5) * cell
+        pen.text((room - TEXT / 2, TEXT + middle), names[i], fill="black", anchor="rm")
+        pen.text((room + middle - TEXT / 2, side + 1.5 * TEXT), names[i], fill="black", font=upright)
+    for (row, column), value in np.ndenumerate(share) if cell > 2 * TEXT else []:
+        place = (room + (column + 0.5) * cell, TEXT + (row + 0.5) * cell)
+        pen.text(place, f"{100 * value:.0f}", fill="white" if value > 0.5 else "black", anchor="mm")
     legend = {f"{p} %": (tuple(shades(np.array(p / 100))), 4, 0) for p in (25, 50, 75, 100)}
     save_picture(path, canvas, caption + (f"; one name in {every} is shown" if every > 1 else ""), legend)
 
