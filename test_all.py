@@ -89,9 +89,10 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
 
 
-def all_equal(found, expected, tolerance):
+def all_equal(found, expected, tolerance=1e-10):
     """Whether lists of gradients are equal; for those that are 0 but for rounding (a bias before a BatchNorm), that."""
-    smallest = tolerance * max(e.abs().max() for e in expected)
+    found, expected = list(found), list(expected)
+    smallest = tolerance * max([e.abs().max() for e in expected], default=0)
     for a, b in zip(found, expected, strict=True):
         both_zero = a.abs().max() < smallest and b.abs().max() < smallest
         if not both_zero and error(a, b) >= tolerance:
@@ -116,7 +117,8 @@ def randomized(module):
 def vit(**changes):
     """A small encoder: 16 patches of 8 x 8 pixels, 3 blocks."""
     torch.manual_seed(0)
-    return randomized(common.ViT(**(dict(image_size=32, patch_size=8, dim=32, depth=3, heads=4) | changes)))
+    sizes = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=4)
+    return randomized(common.ViT(**sizes | changes))
 
 
 def timm_vit(state):
@@ -141,19 +143,35 @@ def write_pictures(folder, sizes, suffix="png"):
     """One picture file for each (height, width), named so that they sort in this order; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:03d}.{suffix}" for i in range(len(sizes))]
-    for i, (file, (height, width)) in enumerate(zip(files, sizes)):
-        common.to_pil(pictures(1, height, width, seed=i)[0]).save(file)
+    for i, file in enumerate(files):
+        common.to_pil(pictures(1, *sizes[i], seed=i)[0]).save(file)
     return files
 
 
-def write_clips(folder, clips):
+def write_clips(folder, frames_of_clips):
     """A folder of frames for each clip [T, 3, H, W], whose names sort by number and not by text; returns the folders."""
-    folders = [folder / f"{i:03d}" for i in range(len(clips))]
-    for at, clip in zip(folders, clips):
+    made = [folder / f"{i:03d}" for i in range(len(frames_of_clips))]
+    for at, frames in zip(made, frames_of_clips):
         at.mkdir(parents=True)
-        for t, frame in enumerate(clip):
+        for t, frame in enumerate(frames):
             common.to_pil(frame).save(at / f"{t + 1}.png")
-    return folders
+    return made
+
+
+def image_set(count, side=24, classes=""):
+    """Square pictures, of these classes in turns."""
+    labels = torch.arange(count) % max(len(classes), 1)
+    return Images(labels, list(classes), pixels=pictures(count, side, side))
+
+
+def clips(count, side=24, seed=0):
+    """Random clips of five frames, [count, 5, 3, side, side]."""
+    return pictures(5 * count, side, side, seed).unflatten(0, (count, 5))
+
+
+def in_double(function):
+    """The function with its result in float64."""
+    return lambda *args: function(*args).double()
 
 
 # ------------------------------------------------------------------------------------------------------- tiny programs
@@ -183,16 +201,15 @@ def folders(tmp_path_factory):
     for split, count in (("train", 8), ("val", 6)):
         for seed, c in enumerate("ab"):
             write_pictures(root / "labelled" / split / c, [(24, 24)] * count)
-            frames = pictures(count * 5, 24, 24, seed).unflatten(0, (count, 5))
-            write_clips(root / "clips" / split / c, frames)
+            write_clips(root / "clips" / split / c, clips(count, seed=seed))
     return root
 
 
 def main(*argv, program=mae_ct):
     """A program's main in this process, on the CPU; returns what it printed. argv: flags, one a word or many in a text."""
     words = []
-    for part in argv:
-        words += part.split() if isinstance(part, str) and part.startswith("--") else [str(part)]
+    for given in argv:
+        words += given.split() if isinstance(given, str) and given.startswith("--") else [str(given)]
     with mock.patch("torch.cuda.is_available", lambda: False), contextlib.redirect_stdout(io.StringIO()) as out:
         program.main(words)
     return out.getvalue()
@@ -209,8 +226,8 @@ class Recorder(common.Training):
 
     made = []
 
-    def __init__(self, run, stage, state, *sizes):
-        super().__init__(run, stage, state, *sizes)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.losses, self.gradients = [], []
         self.made.append(self)
 
@@ -230,7 +247,6 @@ class Recorder(common.Training):
 def recording(dtype=torch.float64):
     """Inside, programs run in `dtype` with a small `nano`, their weights are moved away from zeros and ones, and their
     trainings are Recorders, listed in what is yielded."""
-    modules = (common, mae_ct, mim_refiner, can, cmae, vicmae)
     augment, adamw = common.augment, common.adamw
 
     def randomized_adamw(groups, **how):
@@ -239,15 +255,17 @@ def recording(dtype=torch.float64):
                 p += 0.1 * normal(*p.shape, seed=i).to(p)
         return adamw(groups, **how)
 
+    def augment_in_dtype(*args):
+        return augment(*args).to(dtype)
+
+    changed = dict(augment=augment_in_dtype, Training=Recorder, adamw=randomized_adamw)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Recorder, "made", []))
         stack.enter_context(mock.patch.dict(common.VIT_SIZES, nano=(16, 3, 2)))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(dtype)
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, "augment", lambda *args: augment(*args).to(dtype), create=True))
-            stack.enter_context(mock.patch.object(module, "Training", Recorder))
-            stack.enter_context(mock.patch.object(module, "adamw", randomized_adamw))
+        for module in (common, *TINY):
+            stack.enter_context(mock.patch.multiple(module, create=True, **changed))
         yield Recorder.made
 
 
@@ -280,8 +298,13 @@ def quiet_environment():
 
 def torchrun(*argv):
     """A program on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
-    return subprocess.run([str(c) for c in command], env=quiet_environment(), capture_output=True, text=True)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
+    return subprocess.run(list(map(str, words)), env=quiet_environment(), capture_output=True, text=True)
+
+
+def rows_here(t):
+    """This process's rows of a global tensor."""
+    return t.chunk(common.world())[common.rank()]
 
 
 # -------------------------------------------------------------------------------------------------------- distributed
@@ -317,11 +340,6 @@ STEPS = {
 }
 
 
-def part(t):
-    """This process's rows of a global tensor."""
-    return t.chunk(common.world())[common.rank()]
-
-
 def take_steps(name, micro_batch, data, out):
     """What the stages of STEPS[name] do: {stage: values to compare}."""
     program = sys.modules[name.split()[0]]
@@ -331,29 +349,31 @@ def take_steps(name, micro_batch, data, out):
     found = {}
     for stage, training in recorded(program, data, out / f"{name} {micro_batch}", flags, dtype=dtype).items():
         head = training.state.get("head", training.state.get("heads"))
-        queue = dict(head.Q.named_buffers()) if head else {}
-        losses = torch.stack(training.losses)
+        queue = list(head.Q.buffers()) if head else []
+        losses = [[loss] for loss in training.losses]
         found[stage] = dict(losses=losses, gradients=training.gradients, moments=training.moments, queue=queue)
     return found
 
 
 def gather_outcome():
-    x, other = part(normal(6, 3)).clone().requires_grad_(), normal(6, 3, seed=1).requires_grad_()
-    doubled = 2 * other  # made before the gather: its gradient is the very tensor that the gather's backward receives
+    x, other = rows_here(normal(6, 3)).clone().requires_grad_(), normal(6, 3, seed=1).requires_grad_()
+    twice = 2 * other  # made before the gather: its gradient is the very tensor that the gather's backward receives
     rows = common.gather(x)
-    ((rows + doubled) * normal(2, 6, 3, seed=2)[common.rank()]).sum().backward()
+    ((rows + twice) * normal(2, 6, 3, seed=2)[common.rank()]).sum().backward()
     return rows.detach(), x.grad, other.grad
 
 
 def batch_norm_outcome(*shape):
-    """Output, gradients and statistics, of the global batch [12, *shape]."""
+    """Output, gradients, statistics and the output after training, of the global batch [12, *shape]."""
     norm = randomized(common.BatchNorm(*shape))
-    x = part(normal(12, *shape, seed=3)).clone().requires_grad_()
-    out = norm(x.movedim(0, -2)).movedim(-2, 0)
-    (out * part(normal(12, *shape, seed=4))).sum().backward()
-    rows = [common.gather(t.detach().contiguous()) for t in (out, x.grad)]
-    of_parameters = [common.gather(p.grad[None]).sum(0) for p in (norm.weight, norm.bias)]
-    return [*rows, *of_parameters, norm.running_mean, norm.running_var]
+    x = rows_here(normal(12, *shape, seed=3)).clone().requires_grad_()
+    rows = x.movedim(0, -2)
+    out = norm(rows).movedim(-2, 0)
+    (out * rows_here(normal(12, *shape, seed=4))).sum().backward()
+    after = norm.eval()(rows).movedim(-2, 0)
+    found = [common.gather(t.detach().contiguous()) for t in (out, x.grad, after)]
+    found += [common.gather(p.grad[None]).sum(0) for p in norm.parameters()]
+    return [*found, *norm.buffers()]
 
 
 def map_norm_outcome():
@@ -361,33 +381,24 @@ def map_norm_outcome():
     found = []
     for of_first in (5, 2):
         mine = [slice(0, of_first), slice(of_first, 5)][common.rank()] if common.world() > 1 else slice(0, 5)
-        norm, x, gradient = protocols.MapNorm(3).double(), normal(5, 3, 2, 4).requires_grad_(), normal(5, 3, 2, 4, seed=1)
-        (norm(x[mine]) * gradient[mine]).sum().backward()
+        norm, x = protocols.MapNorm(3).double(), normal(5, 3, 2, 4).requires_grad_()
+        (norm(x[mine]) * normal(5, 3, 2, 4, seed=1)[mine]).sum().backward()
         of_all = [common.gather(t.grad[None]).sum(0) for t in (x, norm.weight)]
         found.append([*of_all, norm.running_mean, norm.running_var])
     return found
-
-
-def nt_xent_outcome():
-    z = [common.normalize(part(normal(6, 5, seed=i))).requires_grad_() for i in (6, 7)]
-    loss = common.nt_xent(*z, 0.2)
-    loss.backward()
-    gradients = [common.gather(v.grad) / common.world() for v in z]
-    return [common.gather(loss.detach()[None]).mean(), *gradients]
 
 
 def collectives_of_heads(heads):
     """Calls of torch.distributed in a step of so many heads."""
     module = mim_refiner.IDHeads(heads, 16, 16, 12, 8, 32)
     y, index = torch.randn(4, 5, heads, 16, requires_grad=True), torch.arange(4)
-    with contextlib.ExitStack() as stack:
-        names = ("all_gather", "all_gather_into_tensor", "all_reduce")
-        spies = [mock.patch.object(common.dist, name, wraps=getattr(common.dist, name)) for name in names]
-        calls = [stack.enter_context(spy) for spy in spies]
+    names = ("all_gather", "all_gather_into_tensor", "all_reduce")
+    spies = {name: mock.Mock(wraps=getattr(common.dist, name)) for name in names}
+    with mock.patch.multiple(common.dist, **spies):
         losses, aux = module.loss(y, index, index, torch.zeros(4, 2), 0.2, 4)
         losses.sum().backward()
         module.Q.push(aux["z"], index, index)
-        return sum(call.call_count for call in calls)
+    return sum(spy.call_count for spy in spies.values())
 
 
 def transfers(micro_batch):
@@ -398,9 +409,13 @@ def transfers(micro_batch):
     layers[0].requires_grad_(False)
     optimizer = torch.optim.SGD(layers[1:].parameters(), lr=0.1, weight_decay=0.1)
     training = common.Training(Run(CPU), "", dict(layers=layers, optimizer=optimizer), 8, 8, 2)
+
+    def encode(x):
+        return (), layers[:11](x).square().sum(1)
+
     for _ in training.steps(range(2)):
         with mock.patch.object(common.dist, "all_reduce", wraps=common.dist.all_reduce) as calls:
-            loss, _ = backward(lambda x: ((), layers[:11](x).square().sum(1)), None, (part(normal(8, 4)),), micro_batch)
+            loss, _ = backward(encode, None, (rows_here(normal(8, 4)),), micro_batch)
             early = calls.call_count
             training.take_step(optimizer, loss)
     return early, calls.call_count, [p.detach() for p in layers.parameters()]
@@ -416,42 +431,40 @@ def annotated_pictures(count):
 
 def evaluations():
     """Results of eval.py in float64; sets of 20, 7 and 21 are no multiples of the batch or of two."""
-    encoder = vit()
-    images = Images(torch.arange(32) % 4, list("abcd"), pixels=pictures(32, 32, 32))
-    both = images, images
+    encoder, images = vit(), image_set(32, 32, "abcd")
+    both, run = (images, images), Run(CPU)
     found = dict(features=protocols.features(encoder, images.subset(torch.arange(7)), CPU)[0])
+    found["knn"] = protocols.knn(*knn_points(), (1, 5, 20))
     x, y = normal(20, 4), torch.arange(20) % 3
-    x_of_class = normal(113, 6) + 0.7 * F.one_hot(torch.arange(113) % 3, 6)
-    found["knn"] = protocols.knn(x_of_class[:80], torch.arange(80) % 3, x_of_class[80:], torch.arange(80, 113) % 3, (1, 5, 20))
     for name, lars in (("probe", False), ("lars", True)):
         how = protocols.ProbeRecipe(lrs=(1.0, 0.1), epochs=3, batch=8, lars=lars)
         stream = partial(protocols.cached_batches, x, y)
-        _, probes, _ = protocols.probe(stream, x, y, 20, 3, Run(CPU), how, {"a": 1, "b": 3})
+        _, probes, _ = protocols.probe(stream, x, y, 20, 3, run, how, {"a": 1, "b": 3})
         found[name] = probes.weight.detach()
     found["kmeans"] = protocols.kmeans(x, 3, runs=5)[0]
-    result = protocols.reconstruction_per_block(encoder, *both, CPU, epochs=2, batch=8, lr=0.03, dim=16, heads=2)
-    found["reconstruction"] = torch.tensor(result)
-    found["colorhist"] = torch.tensor(protocols.colorhist(encoder, *both, CPU, epochs=2, batch=8, lr=1.0))
+    found["reconstruction"] = protocols.reconstruction_per_block(
+        encoder, *both, CPU, epochs=2, batch=8, lr=0.03, dim=16, heads=2
+    )
+    found["colorhist"] = protocols.colorhist(encoder, *both, CPU, epochs=2, batch=8, lr=1.0)
     classifier = protocols.Classifier(encoder, "abcd").eval()
     classifier.head.weight.data = normal(4, 32, seed=9)
-    found["invariance"] = torch.tensor(list(protocols.invariance(classifier, images, CPU).values()))
+    found["invariance"] = protocols.invariance(classifier, images, CPU)
     found["transfer"] = protocols.transfer(vit(depth=4), *both, CPU)
     s = protocols.FineTuning(epochs=2, batch=8, lr=1e-2, drop_path=0.3, erasing=0.5)  # and all other regularisers
-    found["finetune"], classifier = protocols.finetune(encoder, *both, Run(CPU), s)
-    found["finetuned"] = classifier.head.weight.detach()
+    result, classifier = protocols.finetune(encoder, *both, run, s)
+    found["finetune"] = result, classifier.head.weight.detach()
     s = dataclasses.replace(s, **protocols.recipe("vicmae_subset", 32))
-    videos = common.Videos(torch.arange(16) % 4, list("abcd"), pixels=pictures(80, 20, 20).unflatten(0, (16, 5)))
-    found["video"] = protocols.video(encoder, videos, videos, Run(CPU), s, 2, "joint", 2, 1)
+    videos = common.Videos(torch.arange(16) % 4, list("abcd"), pixels=clips(16, 20))
+    found["video"] = protocols.video(encoder, videos, videos, run, s, 2, "joint", 2, 1)
     annotated = annotated_pictures(48), annotated_pictures(21)
-    result, _ = protocols.segment(encoder, *annotated, Run(CPU), epochs=2, batch=8, lrs=(0.5, 20.0))
-    found["segment"] = torch.tensor(list(result["miou_by_lr"].values()))
+    found["segment"], _ = protocols.segment(encoder, *annotated, run, epochs=2, batch=8, lrs=(0.5, 20.0))
     s = protocols.FineTuning(**protocols.UPERNET | dict(epochs=0.5, batch=8, lr=0.3, warmup=0.7, drop_path=0.3))  # 3 steps
     for micro_batch in (0, 2):
+        s.micro_batch = micro_batch
         with mock.patch.object(protocols, "Training", Recorder):
-            s.micro_batch = micro_batch
-            result, _ = protocols.upernet(vit(depth=4), *annotated, Run(CPU), s, 32)
-        found["upernet", micro_batch] = [*Recorder.made[-1].losses, *itertools.chain(*Recorder.made[-1].gradients)]
-        found["upernet miou", micro_batch] = result["miou"]
+            result, _ = protocols.upernet(vit(depth=4), *annotated, run, s, 32)
+        training = Recorder.made[-1]
+        found["upernet", micro_batch] = [result["miou"], *training.losses, *itertools.chain(*training.gradients)]
     for micro_batch in (0, 2):
         model, training = tuned_detector(rectangles(8), micro_batch=micro_batch)
         found["detect", micro_batch] = training.losses, training.gradients
@@ -460,14 +473,12 @@ def evaluations():
 
 
 def outcomes(data, out):
-    found = dict(gather=gather_outcome(), nt_xent=nt_xent_outcome())
-    found["batch norm", 1], found["batch norm", 2] = batch_norm_outcome(5), batch_norm_outcome(2, 5)
-    found["map norm"] = map_norm_outcome()
-    found["uniform"] = common.gather(uniform((0, "key"), part(torch.arange(8)), 3))
+    found = dict(gather=gather_outcome(), map_norm=map_norm_outcome())
+    for heads, shape in ((1, [5]), (2, [2, 5])):
+        found["batch norm", heads] = batch_norm_outcome(*shape)
     found["collectives"] = [collectives_of_heads(heads) for heads in (1, 8)]
     found["transfers"] = [transfers(micro_batch) for micro_batch in (0, 2)]
-    augment = common.augment
-    with recording(), mock.patch.object(protocols, "augment", lambda *args: augment(*args).double()):
+    with recording(), mock.patch.object(protocols, "augment", in_double(common.augment)):
         found |= evaluations()
     nothing = mock.Mock(return_value={})  # in the place of what takes more time than the steps: help, files, pictures
     with mock.patch.multiple(common, comments=nothing, save_file=nothing, save_picture=nothing):
@@ -507,7 +518,7 @@ def two_folder(tmp_path_factory):
     """Data for `two`, whose runs lie there too."""
     root = tmp_path_factory.mktemp("two")
     write_pictures(root / "pictures", [(24, 24)] * 16)
-    write_clips(root / "videos", pictures(80, 24, 24).unflatten(0, (16, 5)))
+    write_clips(root / "videos", clips(16))
     for name in ("pre_norm", "post_norm"):
         encoder = vit(image_size=16, patch_size=4, dim=16, heads=2, post_norm=name == "post_norm")
         common.save_encoder(root / f"{name}.pt", encoder)
@@ -525,28 +536,24 @@ def two(two_folder):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_one_process_or_two_and_whole_or_in_pieces_take_the_same_steps(two, name):
-    alone, ranks = two
-    tolerance = 1e-5 if "float32" in name else 1e-10
-    others = [alone[name, 2], *(found[name, micro_batch] for found in ranks for micro_batch in (0, 2))]
-    for stage, whole in alone[name, 0].items():
-        assert len(whole["losses"]) >= 2 and whole["gradients"][0]
-        for other in others:
-            # in float32 Adam's first step divides every gradient by itself, rounding errors too
-            later = 100 * tolerance if "float32" in name else tolerance
-            assert all_equal(other[stage]["losses"][:1], whole["losses"][:1], tolerance)
-            assert all_equal(other[stage]["losses"], whole["losses"], later)
-            assert all_equal(other[stage]["gradients"][0], whole["gradients"][0], tolerance)
-            for found, expected in zip(other[stage]["gradients"], whole["gradients"], strict=True):
-                assert all_equal(found, expected, later)
-            for key, entries in whole["queue"].items():
-                assert error(other[stage]["queue"][key], entries) < later, key
+    alone, both = two
+    # in float32 Adam's first step divides every gradient by itself, rounding errors too
+    first, later = (1e-5, 1e-3) if "float32" in name else (1e-10, 1e-10)
+    others = [alone[name, 2], *(found[name, 0] for found in both), *(found[name, 2] for found in both)]
+    for stage, expected in alone[name, 0].items():
+        assert len(expected["losses"]) >= 2 and expected["gradients"][0]
+        for found in (other[stage] for other in others):
+            for key in ("losses", "gradients"):
+                of_steps = [all_equal(*pair, later) for pair in zip(found[key], expected[key], strict=True)]
+                assert all(of_steps) and all_equal(found[key][0], expected[key][0], first), key
+            assert all_equal(found["queue"], expected["queue"], later)
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if "zero" in name])
 def test_zero_shares_the_moments_out_in_every_paper(two, name):
-    for stage, whole in two[0][name, 0].items():
+    for stage, expected in two[0][name, 0].items():
         parts = [found[name, 0][stage]["moments"] for found in two[1]]
-        assert sum(parts) == whole["moments"] and max(parts) < 0.7 * whole["moments"]
+        assert sum(parts) == expected["moments"] and max(parts) < 0.7 * expected["moments"]
 
 
 def test_zero_takes_adamws_steps_and_its_checkpoints_are_adamws(two, two_folder):
@@ -562,7 +569,7 @@ def test_most_gradients_travel_during_the_last_backward_pass(two):
     for found in both:
         for (early, count, weights), (*none, expected) in zip(found["transfers"], alone["transfers"]):
             assert none == [0, 0] and 4 <= early < count <= 10
-            assert all_equal(weights, expected, 1e-10)
+            assert all_equal(weights, expected)
 
 
 def test_gather_returns_all_rows_and_their_gradient_from_all_ranks(two):
@@ -576,23 +583,22 @@ def test_gather_returns_all_rows_and_their_gradient_from_all_ranks(two):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_batch_norm_over_ranks_and_of_several_heads_is_torchs_over_the_whole_batch(two, heads):
-    weight, bias = randomized(common.BatchNorm(*[2, 5][-heads:])).parameters()
+    parameters = [*randomized(common.BatchNorm(*[2, 5][-heads:])).parameters()]
     for head in range(heads):
         reference = nn.BatchNorm1d(5).double()
-        reference.weight.data, reference.bias.data = (p.detach().view(-1, 5)[head].clone() for p in (weight, bias))
+        for p, ours in zip(reference.parameters(), parameters):
+            p.data = ours.data.view(-1, 5)[head].clone()
         x, factor = (normal(12, heads, 5, seed=seed)[:, head].clone() for seed in (3, 4))
         out = reference(x.requires_grad_())
         (out * factor).sum().backward()
-        expected = [out, x.grad, reference.weight.grad, reference.bias.grad, reference.running_mean, reference.running_var]
+        gradients = [p.grad for p in reference.parameters()]
+        expected = [out, x.grad, reference.eval()(x), *gradients, reference.running_mean, reference.running_var]
         for found in (two[0], *two[1]):
             for ours, theirs in zip(found["batch norm", heads], expected, strict=True):
                 assert error(ours.view(-1, heads, 5)[:, head].view_as(theirs), theirs) < 1e-12
 
 
-def test_nt_xent_over_two_ranks_is_that_of_all_rows(two):
-    for found in two[1]:
-        for ours, alone in zip(found["nt_xent"], two[0]["nt_xent"], strict=True):
-            assert error(ours, alone) < 1e-12
+EVALUATIONS = ["features", "knn", "probe", "lars", "kmeans", "finetune", "reconstruction", "colorhist", "invariance"]
 
 
 def test_eight_heads_have_the_collectives_of_one(two):
@@ -601,39 +607,18 @@ def test_eight_heads_have_the_collectives_of_one(two):
         assert found["collectives"][0] == found["collectives"][1] > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["features", "probe", "lars", "kmeans", "finetuned", "reconstruction", "colorhist", "invariance", "segment"]
-)
+@pytest.mark.parametrize("name", [*EVALUATIONS, "segment", "transfer", "video"])
 def test_two_processes_evaluate_as_one(two, name):
     for found in two[1]:
-        assert error(found[name], two[0][name]) < 1e-9
+        torch.testing.assert_close(found[name], two[0][name], rtol=1e-9, atol=1e-12)
 
 
 def test_upernet_takes_the_same_steps_on_two_processes_and_in_pieces(two):
-    whole = two[0]["upernet", 0]
-    assert len(whole) > 300
+    miou, *expected = two[0]["upernet", 0]
+    assert len(expected) > 300
     for found, micro_batch in itertools.product((two[0], *two[1]), (0, 2)):
-        assert all_equal(found["upernet", micro_batch], whole, 1e-10)
-        assert found["upernet miou", micro_batch] == pytest.approx(two[0]["upernet miou", 0], rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["knn", "finetune", "transfer", "video"])
-def test_accuracy_over_two_processes_is_that_of_one(two, name):
-    assert two[1][0][name] == two[1][1][name] == two[0][name]
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_batch_norm_is_torchs_in_training_and_after(dtype, tolerance):
-    reference, found = nn.BatchNorm1d(5).to(dtype), []
-    ours = randomized(common.BatchNorm(5)).to(dtype)
-    reference.load_state_dict(ours.state_dict(), strict=False)  # all but num_batches_tracked
-    for norm in (ours, reference):
-        x = (3 + 2 * normal(12, 5)).to(dtype).requires_grad_()
-        out = norm(x)
-        (out * normal(12, 5, seed=1).to(dtype)).sum().backward()
-        statistics_after = norm.running_mean, norm.running_var, norm.eval()(x)
-        found.append([out, x.grad, norm.weight.grad, norm.bias.grad, *statistics_after])
-    assert all(error(a, b) < tolerance for a, b in zip(*found, strict=True))
+        found_miou, *steps = found["upernet", micro_batch]
+        assert all_equal(steps, expected) and found_miou == pytest.approx(miou, rel=1e-9)
 
 
 def test_batch_norm_does_not_cancel_far_from_zero():
@@ -654,10 +639,6 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_batch_norm():
     norm(x), reference(x)
     assert error(norm.running_mean[[0, 2]], reference.running_mean[[0, 2]]) < 1e-6 and norm.running_mean[1] == 0
     assert error(norm.running_var[[0, 2]], reference.running_var[[0, 2]]) < 1e-6 and norm.running_var[1] == 1
-
-
-def test_batch_norm_has_the_gradient_of_finite_differences():
-    assert torch.autograd.gradcheck(common.BatchNorm(2, 3).double(), normal(2, 6, 3).requires_grad_())
 
 
 # ---------------------------------------------------------------------------------------------- random numbers by key
@@ -695,14 +676,6 @@ def test_uniform_of_neighbouring_keys_rows_and_positions_is_uncorrelated():
     for other in (*others, x.roll(1, 0), x.roll(1, 1)):
         assert not torch.equal(x, other)
         assert abs(np.corrcoef(x.flatten(), other.flatten())[0, 1]) < 4 / math.sqrt(x.numel())
-
-
-def test_uniform_does_not_depend_on_how_rows_are_split(two):
-    rows = torch.arange(8)
-    whole = uniform((0, "key"), rows, 3)
-    assert torch.equal(uniform((0, "key"), rows.flip(0), 3).flip(0), whole)
-    for found in (two[0], *two[1]):
-        assert torch.equal(found["uniform"], whole)
 
 
 @cuda
@@ -3149,9 +3122,9 @@ def coloured(count):
 
 
 def knn_points():
-    """Three overlapping classes: train features and labels, test features and labels."""
-    y = torch.arange(480) % 3
-    x = normal(480, 6) + 0.7 * F.one_hot(y, 6)
+    """Three overlapping classes: train features and labels, test features and labels (an odd number)."""
+    y = torch.arange(481) % 3
+    x = normal(481, 6) + 0.7 * F.one_hot(y, 6)
     x = (x * torch.arange(1, 7)).float()
     return x[:80], y[:80], x[80:], y[80:]
 
