@@ -1816,18 +1816,18 @@ def plain_lookup(z, Q, own, index, dice, k):
     return Q[torch.stack(chosen)]
 
 
-def plain_adamw(*parts):
+def plain_adamw(*parts, betas=(0.9, 0.95)):
     """AdamW, a group for each trainable parameter of (module, rate, weight decay, decay a layer of an encoder of 3 blocks):
-    norms, biases and tokens are not decayed."""
+    norms, biases, tokens and positions are not decayed."""
     groups = []
     for module, lr, weight_decay, layer_decay in parts:
         for name, p in module.named_parameters():
             block = re.search(r"blocks\.(\d)", name)
-            power = 3 - int(block[1]) if block else 0 if name.startswith("norm") else 4
-            decay = weight_decay if p.ndim > 1 and "token" not in name else 0
+            power = 3 - int(block[1]) if block else 0 if name.startswith(("norm", "head")) else 4
+            decay = weight_decay if p.ndim > 1 and not re.search("token|pos_embed", name) else 0
             if p.requires_grad:
                 groups.append(dict(params=[p], peak=lr * layer_decay**power, weight_decay=decay))
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=betas)
 
 
 def plain_step(optimizer, loss, factor):
@@ -2983,9 +2983,20 @@ def test_encoders_of_either_stem_are_read_as_what_they_are(tmp_path):
 
 def coloured(count):
     """Labelled pictures of four classes: a colour of each is darker."""
-    images = Images(torch.arange(count) % 4, list("abcd"), pixels=pictures(count, 32, 32, seed=count))
-    images.pixels[torch.arange(count), images.labels % 3] //= 2
-    return images
+    labels = torch.arange(count) % 4
+    pixels = pictures(count, 32, 32, seed=count)
+    pixels[torch.arange(count), labels % 3] //= 2
+    return Images(labels, list("abcd"), pixels=pixels)
+
+
+def percent_right(logits, labels):
+    """Top-1 accuracy."""
+    return 100 * (logits.argmax(-1) == labels).double().mean().item()
+
+
+def percent_of_file(file, images):
+    """That of a classifier which is read again."""
+    return percent_right(*protocols.outputs(protocols.load_classifier(file), images, 32, CPU))
 
 
 def knn_points():
@@ -3020,18 +3031,19 @@ def test_nearest_in_chunks_is_nearest_at_once():
     expected = (test @ train.T).topk(6)
     for chunk in (4, 5, 20, 57, 100):
         similarity, index = protocols.nearest(train, test, 6, chunk)
-        assert torch.equal(index, expected.indices) and error(similarity, expected.values) < 1e-12
+        assert torch.equal(index, expected.indices)
+        same(similarity, expected.values)
 
 
 def test_features_are_those_of_each_image_alone_in_order():
     encoder, images = vit(pool="mean").float(), coloured(9)
     x, y = protocols.features(encoder, images, CPU)
     of_blocks, _ = protocols.features(encoder, images, CPU, [1, 3], "both")
-    for n in range(9):
-        image = common.augment(images.pixels[n : n + 1])
-        assert error(x[n], encoder(image)[0, 1:].mean(0)) < 1e-5
-        for found, tokens in zip(of_blocks[n], encoder(image, blocks=[1, 3])):
-            assert error(found, torch.cat([tokens[0, 0], tokens[0, 1:].mean(0)])) < 1e-5
+    for n, pixels in enumerate(images.pixels):
+        image = common.augment(pixels[None])
+        same(x[n], encoder(image)[0, 1:].mean(0), 1e-5)
+        expected = [torch.cat([tokens[0, 0], tokens[0, 1:].mean(0)]) for tokens in encoder(image, blocks=[1, 3])]
+        same(of_blocks[n], torch.stack(expected), 1e-5)
     assert torch.equal(y, images.labels) and not x.requires_grad
 
 
@@ -3046,15 +3058,16 @@ def test_an_unreadable_image_is_evaluated_as_the_one_in_its_place(tmp_path):
 def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(monkeypatch):
     job, train, val, ks = protocols.Job(vit().float(), Path("encoder.pt"), "", CPU), coloured(48), coloured(200), [1, 3, 30]
     monkeypatch.setattr(protocols, "load_splits", lambda *args, **how: (train, val))
+    found = partial(protocols.run_knn, job, k=ks)
 
     def expected(*blocks, **how):
         x, test_x = (protocols.features(job.encoder, images, CPU, blocks or None)[0].flatten(1) for images in (train, val))
         return protocols.knn(x, train.labels, test_x, val.labels, ks, **how)
 
-    assert protocols.run_knn(job, k=ks) == expected()
-    assert protocols.run_knn(job, k=ks, raw=True, votes="similarity") == expected(3, temperature=0) != expected(3)
-    assert protocols.run_knn(job, k=ks, last=2, standardize=True) == expected(2, 3, standardize=True) != expected(2, 3)
-    per_block = protocols.run_knn(job, k=ks, per_block=True, standardize=True)["knn_per_block"]
+    assert found() == expected()
+    assert found(raw=True, votes="similarity") == expected(3, temperature=0) != expected(3)
+    assert found(last=2, standardize=True) == expected(2, 3, standardize=True) != expected(2, 3)
+    per_block = found(per_block=True, standardize=True)["knn_per_block"]
     assert per_block == [expected(block, standardize=True)["knn"] for block in (1, 2, 3)]
 
 
@@ -3066,28 +3079,27 @@ def test_probes_side_by_side_are_probes_of_each_set_and_rate(sets, lars):
     stream = partial(protocols.cached_batches, x, y)
     result, probes, number = protocols.probe(stream, x, y, 60, 3, Run(CPU), how, sets if len(sets) > 1 else None)
     torch.manual_seed(0)
-    accuracy = {name: {} for name in sets}
-    for name, inputs in zip(sets, x.split([*sets.values()], 1)):
-        starts = torch.empty(2, 3, inputs.shape[1]).normal_(std=0.01)
+    by_set = {}
+    for name, features in zip(sets, x.split([*sets.values()], 1)):
+        starts, by_set[name] = torch.empty(2, 3, features.shape[1]).normal_(std=0.01), {}
         for i, lr in enumerate(lrs):
             w, b = starts[i].clone().requires_grad_(), torch.zeros(3, requires_grad=True)
-            norm, optimizer = nn.BatchNorm1d(inputs.shape[1], affine=False), torch.optim.SGD([w, b], momentum=0.9)
+            norm = nn.BatchNorm1d(features.shape[1], affine=False)
+            optimizer = torch.optim.SGD([dict(params=[w, b], peak=lr * 20 / 256)], momentum=0.9)
+            if lars:
+                w.register_hook(lambda g, w=w: g * 0.001 * w.detach().norm() / g.norm())
             for step, (_, rows) in enumerate(common.shuffled(60, 20, 0, 30, 0)):
-                factor = (step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 27)) / 2
-                optimizer.param_groups[0]["lr"] = lr * 20 / 256 * factor
-                optimizer.zero_grad()
-                F.cross_entropy(norm(inputs[rows]) @ w.T + b, y[rows]).backward()
-                if lars:
-                    w.grad *= 0.001 * w.detach().norm() / w.grad.norm()
-                optimizer.step()
-            accuracy[name][lr] = 100 * ((norm.eval()(inputs) @ w.T + b).argmax(1) == y).float().mean().item()
+                loss = F.cross_entropy(norm(features[rows]) @ w.T + b, y[rows])
+                plain_step(optimizer, loss, (step + 1) / 3 if step < 3 else half_cosine((step - 3) / 27))
+            by_set[name][lr] = percent_right(norm.eval()(features) @ w.T + b, y)
             if name != "b":
-                assert error(probes.weight[i], w) < 1e-4 and error(probes.bias[i], b) < 1e-4
-    by_lr, by_features = accuracy[list(sets)[0]], {name: max(of_set.values()) for name, of_set in accuracy.items()}
-    expected = dict(probe=max(by_features.values()), lr=lrs[number], probe_by_lr=pytest.approx(by_lr))
+                same(probes.weight[i], w, 1e-4)
+                same(probes.bias[i], b, 1e-4)
+    by_lr, best = by_set[list(sets)[0]], {name: max(by_lr.values()) for name, by_lr in by_set.items()}
+    expected = dict(probe=pytest.approx(max(best.values())), lr=lrs[number], probe_by_lr=pytest.approx(by_lr))
     if len(sets) > 1:
-        expected |= dict(features="a", probe_by_features=pytest.approx(by_features))
-    assert result == expected | dict(probe=pytest.approx(expected["probe"])) and len(set(by_lr.values())) == 2
+        expected |= dict(features="a", probe_by_features=pytest.approx(best))
+    assert result == expected and len(set(by_lr.values())) == 2
     assert result["probe_by_lr"][lrs[number]] == result["probe"]
 
 
@@ -3101,7 +3113,7 @@ def test_top5_is_scikit_learns():
 
 @pytest.mark.parametrize("protocol", ["probe", "finetune", "video"])
 def test_top5_stands_beside_top1_where_there_are_more_than_five_classes(protocol, tmp_path):
-    images = Images(torch.arange(32) % 8, list("abcdefgh"), pixels=pictures(32, 32, 32))
+    images = image_set(32, 32, "abcdefgh")
     videos = common.Videos(images.labels, images.classes, pixels=images.pixels[:, None])
     common.save_encoder(tmp_path / "encoder.pt", vit().float())
     argv = protocol, "--batch 8 --epochs 2 --workers 0 --precision float32 --encoder", tmp_path / "encoder.pt"
@@ -3113,30 +3125,29 @@ def test_top5_stands_beside_top1_where_there_are_more_than_five_classes(protocol
         return
     name = dict(probe="probe.pt", finetune="finetuned.pt")[protocol]
     logits, y = protocols.outputs(protocols.load_classifier(tmp_path / name), images, 32, CPU)
-    ranks = (logits >= logits.gather(1, y[:, None])).sum(1)
-    for key, allowed in (("top5", 5), (protocol, 1)):
-        assert found[key] == pytest.approx(100 * (ranks <= allowed).float().mean().item())
+    of_five = (logits.topk(5).indices == y[:, None]).any(1)
+    assert found["top5"] == pytest.approx(100 * of_five.double().mean().item())
+    assert found[protocol] == pytest.approx(percent_right(logits, y))
 
 
 def test_the_best_epoch_of_a_probe_is_that_of_shorter_looks_at_it():
     x, test_x = normal(60, 4).float(), normal(60, 4, seed=1).float()
     y, how = torch.arange(60) % 3, protocols.ProbeRecipe((0.01, 3.0, 300.0), epochs=6, batch=20)
-    stream, seen = partial(protocols.cached_batches, x, y), []
+    stream, best = partial(protocols.cached_batches, x, y), []
     take_step = common.Training.take_step
 
     def step(training, *args):
         taken = take_step(training, *args)
         if training.step % 3 == 2:  # three steps are an epoch
             head = copy.deepcopy(training.state["heads"][0]).eval()
-            seen.append([100 * (logits.argmax(1) == y).double().mean().item() for logits in head(test_x)])
+            best.append(max(percent_right(logits, y) for logits in head(test_x)))
         return taken
 
     with mock.patch.object(common.Training, "take_step", step):
         result, probes, number = protocols.probe(stream, test_x, y, 60, 3, Run(CPU), how, best_epoch=True)
-    best = [max(scores) for scores in seen]
     assert result["probe_by_epoch"] == pytest.approx(best) and len(best) == 6
-    assert result["probe"] == max(best) > best[-1]  # so that the last epoch is another
-    assert protocols.accuracy(probes(test_x)[number], y) == pytest.approx(result["probe"])
+    assert result["probe"] == max(result["probe_by_epoch"]) > best[-1]  # so that the last epoch is another
+    assert percent_right(probes(test_x)[number], y) == pytest.approx(result["probe"])
     last, *_ = protocols.probe(stream, test_x, y, 60, 3, Run(CPU), how)
     assert last["probe"] == pytest.approx(best[-1]) and "probe_by_epoch" not in last
 
@@ -3152,8 +3163,7 @@ def test_probes_and_few_labels_of_a_middle_block_read_its_raw_output(tmp_path):
             with mock.patch.multiple(protocols, load_encoder=lambda *args: model, save_encoder=mock.Mock(),
                                      load_splits=lambda *args, **how: (coloured(16), coloured(12))):  # fmt: skip
                 main(protocol, flags, *block, *given, program=protocols)
-            result = json.loads((tmp_path / f"{protocol}.json").read_text())
-            found.append({k: v for k, v in result.items() if k not in ("settings", "features")})
+            found.append(json.loads((tmp_path / f"{protocol}.json").read_text()) | dict(settings=0, features=0))
         assert found[0] == found[1], protocol
     with pytest.raises(InputError, match="--block 4: the encoder has 3 blocks"):
         protocols.chosen_blocks(vit(), 1, 4)
@@ -3187,20 +3197,19 @@ def test_probe_recipes_are_those_of_the_tables():
     }
     for name, r in protocols.PROBE_RECIPES.items():
         count = len(r.lrs) * len(r.grid or [0])
-        rates = " ".join(map(str, r.lrs))
-        assert f"{rates}; {r.epochs} {r.warmup * r.epochs:g} {r.batch} {r.flip} {r.lars} {count}" == expected[name]
+        of_recipe = " ".join(map(str, r.lrs))
+        assert f"{of_recipe}; {r.epochs} {r.warmup * r.epochs:g} {r.batch} {r.flip} {r.lars} {count}" == expected[name]
 
 
 def test_feature_sets_are_tokens_of_the_last_blocks_side_by_side():
     encoder, x = vit(), normal(2, 3, 32, 32)
-    first = encoder.blocks[0](encoder.embed(x))
-    second = encoder.blocks[1](first)
-    third = encoder.blocks[2](second)
+    first, second, third = encoder(x, blocks=[1, 2, 3])
     expected = [second[:, 1:].mean(1), third[:, 1:].mean(1)]
     for tokens in (encoder.norm(third), first, second, third):
         expected += [tokens[:, 0], tokens[:, 1:].mean(1)]
     found = protocols.feature_sets(encoder, x, [([2, 3], "mean"), (None, "both"), ([1, 2, 3], "both")])
-    assert found.dtype == torch.float64 and error(found, torch.cat(expected, 1)) < 1e-12
+    assert found.dtype == torch.float64
+    same(found, torch.cat(expected, 1))
 
 
 @pytest.mark.parametrize("recipe, last, pool", [("dinov2", 1, None), ("mae_ct", 2, None), ("lars", 1, "both"),
@@ -3212,8 +3221,7 @@ def test_the_best_probe_is_written_as_a_classifier_of_its_features(recipe, last,
         result, classifier = protocols.linear_probe(encoder, train, val, Run(CPU), recipe, 3, 16, last, pool)
     assert batches.call_args.args[1:5] == ([View(32, (0.08, 1.0), recipe not in ("lars", "vicmae"))], 16, 0, 9)
     classifier.save(tmp_path / "probe.pt")
-    logits, y = protocols.outputs(protocols.load_classifier(tmp_path / "probe.pt"), val, 32, CPU)
-    assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["probe"], abs=1e-4)
+    assert percent_of_file(tmp_path / "probe.pt", val) == pytest.approx(result["probe"], abs=1e-4)
     assert result["probe"] > 30  # chance is 25
     count = {"dinov2": 4, "dinov2_reduced": 2}.get(recipe)
     assert count is None or len(result["probe_by_features"]) == count
@@ -3224,7 +3232,8 @@ def test_augmented_batches_are_features_of_crops():
     training.step = 1
     found = protocols.augmented_batches(encoder, images, View(32), training)
     for (x, y), data in zip(found, common.batches(images, [View(32)], 4, 1, 6, 0, CPU), strict=True):
-        assert torch.equal(y, data.labels) and error(x, encoder(common.augment(data.views[0]))) < 1e-5
+        assert torch.equal(y, data.labels)
+        same(x, encoder(common.augment(data.views[0])), 1e-5)
 
 
 def tuned_by_loop(encoder, images, s):
@@ -3234,19 +3243,12 @@ def tuned_by_loop(encoder, images, s):
     tuned.head = nn.Linear(32, 4)
     nn.init.normal_(tuned.head.weight, std=2e-5)
     nn.init.zeros_(tuned.head.bias)
-    layers_above = {"blocks.0": 3, "blocks.1": 2, "blocks.2": 1, "norm": 0, "head": 0}
-    groups = []
+    learning = {0: "head", 1: ("head", "norm", "blocks.2")}.get(s.blocks, "")
     for name, p in tuned.named_parameters():
-        part = re.match(r"blocks\.\d|\w+", name)[0]
-        above = layers_above.get(part, 4)
-        whole = s.blocks in (-1, 3)
-        learns = name != "pos_embed" or s.positions and s.blocks < 0
-        p.requires_grad_(learns if whole else part == "head" or above <= s.blocks > 0)
-        decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else s.weight_decay
-        groups.append(dict(params=[p], weight_decay=decay, rate=s.layer_decay**above))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        p.requires_grad_(name.startswith(learning) and (name != "pos_embed" or s.positions and s.blocks < 0))
     peak, accuracies = s.lr * 8 / 256, []
-    rates = [peak / 3, peak * 2 / 3, peak, *(s.min_lr + (peak - s.min_lr) * factor for factor in (1, 0.75, 0.25))]
+    optimizer = plain_adamw((tuned, peak, s.weight_decay, s.layer_decay), betas=(0.9, 0.999))
+    of_steps = [peak / 3, peak * 2 / 3, peak, *(s.min_lr + (peak - s.min_lr) * factor for factor in (1, 0.75, 0.25))]
     for step, data in enumerate(common.batches(images, [View(32, (0.08, 1.0))], 8, 0, 6, s.seed, CPU)):
         x, target = protocols.regularize(data, step, 4, s)
         loss = 0
@@ -3255,25 +3257,20 @@ def tuned_by_loop(encoder, images, s):
             for block, (a, b), p in zip(tuned.blocks, dice.tolist(), (0, s.drop_path / 2, s.drop_path)):
                 tokens = tokens + (a >= p) / (1 - p) * block.attn(block.norm1(tokens))
                 tokens = tokens + (b >= p) / (1 - p) * block.mlp(block.norm2(tokens))
-            tokens = tuned.norm(tokens)[0]
-            logits = tuned.head(tokens[1:].mean(0) if encoder.pool == "mean" else tokens[0])
+            logits = tuned.head(tuned.pooled(tuned.norm(tokens)))[0]
             smooth = (1 - s.label_smoothing) * share + s.label_smoothing / 4
             loss = loss - (smooth * logits.log_softmax(0)).sum() / 8
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * rates[step]
-        optimizer.step()
+        plain_step(optimizer, loss, of_steps[step] / peak)
         if step in (3, 5):
             logits = tuned.head(tuned.pooled(tuned(common.augment(images.pixels).double())))
-            accuracies.append(100 * (logits.argmax(1) == images.labels).double().mean().item())
+            accuracies.append(percent_right(logits, images.labels))
     return tuned, accuracies
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
     """Fine-tuning is exact."""
-    monkeypatch.setattr(protocols, "augment", lambda x: common.augment(x).double())
+    monkeypatch.setattr(protocols, "augment", in_double(common.augment))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -3293,14 +3290,8 @@ def test_fine_tuning_is_a_loop_over_images_with_every_regulariser_where_it_belon
     assert result.pop("finetune_by_epoch") == pytest.approx(accuracies)
     assert result == dict(finetune=pytest.approx(accuracies[1]), blocks=blocks)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())  # a copy was tuned
-    found = {name.removeprefix("encoder."): p for name, p in classifier.named_parameters()}
-    largest = max(p.grad.abs().max() for p in tuned.parameters() if p.grad is not None)
-    for name, expected in tuned.named_parameters():
-        a, b = found[name], expected
-        if name.endswith("qkv.bias"):  # softmax does not see those of keys: Adam moves them by rounding errors
-            assert b.grad is None or b.grad[32:64].abs().max() < 1e-14 * largest
-            a, b = (t.view(3, 32)[[0, 2]] for t in (a, b))
-        assert error(a, b) < 1e-8, name
+    for ours, reference in zip([*touched(classifier.encoder), *classifier.head.parameters()], touched(tuned), strict=True):
+        same(ours, reference, 1e-8)
 
 
 def test_recipes_are_those_of_the_tables():
@@ -3355,9 +3346,10 @@ def test_operations_of_randaugment_are_timms(name):
         expected = []
         for number in (0.0, 0.9):  # for the two signs
             with mock.patch("random.random", lambda: number):
-                expected.append(np.array(timms(common.to_pil(x))).transpose(2, 0, 1).astype(int))
-        found = [protocols.RAND_AUGMENT[name](x, sign * timms.magnitude / 10).int().numpy() for sign in (1, -1)]
-        far = min((np.abs(np.subtract(found, expected[::order])) > 2).mean() for order in (1, -1))  # signs may be others
+                expected.append(tv.pil_to_tensor(timms(common.to_pil(x))).int())
+        found = [protocols.RAND_AUGMENT[name](x, sign * timms.magnitude / 10).int() for sign in (1, -1)]
+        either = (expected, expected[::-1])  # signs may be others
+        far = min((torch.stack(found) - torch.stack(pair)).abs().gt(2).float().mean() for pair in either)
         moves = name.startswith(("rotate", "shear", "translate"))  # PIL does not blend the fill into the image
         assert far < (0.03 if moves else 1e-3), (timms.magnitude, far)
 
@@ -3382,13 +3374,11 @@ def test_erasing_fills_boxes_of_some_images_with_noise():
     s = protocols.FineTuning(**protocols.CROP_FLIP | dict(erasing=0.25))
     x, _ = protocols.regularize(common.Batch([pixels], rows, rows % 4, rows, 0), 7, 4, s)
     erased = x != common.augment(pixels)
-    boxes = []
-    for mask in erased[erased.flatten(1).any(1)]:
-        height, width = mask[0].any(1).sum().item(), mask[0].any(0).sum().item()
-        assert mask.sum() == 3 * height * width
-        boxes.append((height * width / 64**2, height / width))
-    areas, ratios = np.transpose(boxes)
-    assert scipy.stats.binomtest(len(boxes), 800, 0.25).pvalue > 1e-3
+    changed = erased[erased.flatten(1).any(1)]
+    heights, widths = (changed[:, 0].any(axis).sum(1) for axis in (2, 1))
+    assert torch.equal(changed.sum((1, 2, 3)), 3 * heights * widths)
+    areas, ratios = heights * widths / 64**2, heights / widths
+    assert scipy.stats.binomtest(len(changed), 800, 0.25).pvalue > 1e-3
     assert 0.015 < areas.min() < 0.04 and 0.28 < areas.max() < 0.35  # 0.02 to 1 / 3, but for rounding
     assert 0.27 < ratios.min() < 0.4 and 2.5 < ratios.max() < 3.7
     assert scipy.stats.kstest(x[erased][::100], "norm").pvalue > 1e-3
@@ -3426,12 +3416,13 @@ def test_mixup_and_cutmix_mix_neighbours_and_their_labels(mixup, cutmix):
         if cut:
             side = int(16 * math.sqrt(1 - lam))
             top, left = int(row * 16) - side // 2, int(column * 16) - side // 2
-            box = slice(None), slice(max(top, 0), top + side), slice(max(left, 0), left + side)
-            image[box] = x[other][box]
-            lam = 1 - image[box].numel() / image.numel()
+            inside = slice(None), slice(max(top, 0), top + side), slice(max(left, 0), left + side)
+            image[inside] = x[other][inside]
+            lam = 1 - image[inside].numel() / image.numel()
         else:
             image = lam * image + (1 - lam) * x[other]
-        assert error(found[i], image) < 1e-10 and error(mixed[i], lam * target[i] + (1 - lam) * target[other]) < 1e-10
+        same(found[i], image)
+        same(mixed[i], lam * target[i] + (1 - lam) * target[other])
     assert len(kinds) == 1 + (mixup > 0 and cutmix > 0)
 
 
@@ -3449,13 +3440,12 @@ def test_a_tuned_classifier_is_read_again_with_its_accuracy(tmp_path):
     result, printed = evaluated(tmp_path, "finetune", "--recipe mae --epochs 2 --lr 0.3")
     assert result["settings"]["lr"] == 0.3 and result["images"] == 16
     assert f"epoch 2: {result['finetune']:.2f}" in printed and len(result["finetune_by_epoch"]) == 2
-    classifier = protocols.load_classifier(tmp_path / "finetuned.pt")
-    logits, y = protocols.outputs(classifier, coloured(12), 32, CPU)
-    assert 100 * (logits.argmax(1) == y).float().mean().item() == pytest.approx(result["finetune"])
+    file, x = tmp_path / "finetuned.pt", normal(2, 3, 32, 32)
+    assert percent_of_file(file, coloured(12)) == pytest.approx(result["finetune"])
     assert result["finetune"] == result["finetune_by_epoch"][1]
-    reference = timm_vit(common.load_encoder(tmp_path / "finetuned.pt").state_dict())  # as --encoder reads it
-    x = normal(2, 3, 32, 32)
-    assert error(classifier(x.float()), classifier.double().head(reference.forward_features(x)[:, 0])) < 1e-5
+    classifier = protocols.load_classifier(file)
+    reference = timm_vit(common.load_encoder(file).state_dict())  # as --encoder reads it
+    same(classifier(x.float()), classifier.double().head(reference.forward_features(x)[:, 0]), 1e-5)
 
 
 def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp_path):
@@ -3478,8 +3468,8 @@ def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp
 @pytest.mark.parametrize("protocol, file, flags", [("finetune", "finetuned.pt", "--recipe mae --epochs 3 --lr 0.3 --seed 2"),
                                                    ("probe", "probe.pt", "--epochs 3 --recipe lars --best_epoch")])  # fmt: skip
 def test_a_stopped_evaluation_goes_on_to_the_same_bits(tmp_path, protocol, file, flags, told):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    expected, _ = evaluated(whole, protocol, flags)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    expected, _ = evaluated(unbroken, protocol, flags)
     take_step, steps = common.Training.take_step, itertools.count()
 
     def stop(self, *args, **values):
@@ -3492,15 +3482,14 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bits(tmp_path, protocol, file,
     with mock.patch.object(common.Training, "take_step", stop), pytest.raises((KeyboardInterrupt, SystemExit)):
         evaluated(broken, protocol, flags)
     assert next(steps) == 6 and not (broken / file).exists()
-    with pytest.raises(InputError, match="holds a run that was stopped: add --resume"):
-        evaluated(broken, protocol, flags)
-    with pytest.raises(InputError, match="leave --resume out, or see"):
-        evaluated(broken, protocol, flags, "--batch 8 --resume")
+    for more, remedy in (("", "holds a run that was stopped: add --resume"), ("--batch 8 --resume", "leave --resume out, or see")):
+        with pytest.raises(InputError, match=remedy):
+            evaluated(broken, protocol, flags, *[more] * bool(more))
     with mock.patch.object(common.Training, "take_step", autospec=True, side_effect=take_step) as resumed:
         found, _ = evaluated(broken, protocol, flags, "--resume")
     assert resumed.call_count == (6 if told else 8)
     assert found | dict(settings=0) == expected | dict(settings=0)
-    a, b = (protocols.load_classifier(folder / file).state_dict() for folder in (whole, broken))
+    a, b = (protocols.load_classifier(folder / file).state_dict() for folder in (unbroken, broken))
     assert all(torch.equal(a[k], b[k]) for k in a | b)
     assert {f.name for f in broken.iterdir()} == {"encoder.pt", file, f"{protocol}.json"}
 
@@ -3556,14 +3545,14 @@ def test_silhouette_and_davies_bouldin_are_scikit_learns():
 
 def gaussian_clusters(count, dim, clusters, noise):
     y = torch.arange(count) % clusters
-    return (noise * normal(count, dim) + normal(clusters, dim, seed=1)[y]).float(), y
+    return (noise * normal(count, dim) + normal(clusters, dim, seed=1)[y]).float()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_kmeans_repeats_and_is_not_worse_than_scikit_learns(precision):
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    x, _ = gaussian_clusters(1200, 16, 12, 0.7)
+    x = gaussian_clusters(1200, 16, 12, 0.7)
     assigned, losses = protocols.kmeans(x, 12, runs=30, precision=precision)
     again, other = (protocols.kmeans(x, 12, runs=30, seed=seed, precision=precision)[0] for seed in (0, 1))
     assert torch.equal(again, assigned) and not torch.equal(other, assigned) and len(set(losses.tolist())) > 1
@@ -3579,7 +3568,7 @@ def test_kmeans_repeats_and_is_not_worse_than_scikit_learns(precision):
 def test_kmeans_starts_are_as_good_as_scikit_learns_and_differ():
     from sklearn.cluster import kmeans_plusplus
 
-    x, _ = gaussian_clusters(400, 8, 20, 0.5)
+    x = gaussian_clusters(400, 8, 20, 0.5)
     starts = protocols.kmeans_plus_plus(x, 20, 50, torch.float32, 0)
     theirs = [torch.from_numpy(kmeans_plusplus(x.numpy(), 20, random_state=i)[0]) for i in range(50)]
     loss, their_loss = (sum(torch.cdist(x, c).amin(1).square().sum() for c in all) for all in (x[starts], theirs))
@@ -3606,17 +3595,17 @@ def test_clusters_are_scored_on_normalised_features(normalization):
 
 
 def test_classes_of_a_file_are_clustered_alone(tmp_path):
-    images = Images(torch.arange(12) % 4, list("abcd"), pixels=pictures(12, 8, 8))
-    (tmp_path / "names").write_text("d\nb\n")
-    found = protocols.of_classes(images, tmp_path / "names")
+    images, names = image_set(12, 8, "abcd"), tmp_path / "names"
+    names.write_text("d\nb\n")
+    found = protocols.of_classes(images, names)
     assert found.classes == ["d", "b"] and found.labels.tolist() == [1, 0] * 3
     assert torch.equal(found.pixels, images.pixels[1::2])
-    (tmp_path / "names").write_text("3\n1\n")  # of a set whose classes are numbers
-    assert protocols.of_classes(dataclasses.replace(images, classes=range(4)), tmp_path / "names").classes == [3, 1]
+    names.write_text("3\n1\n")  # of a set whose classes are numbers
+    assert protocols.of_classes(dataclasses.replace(images, classes=range(4)), names).classes == [3, 1]
     for text, fault in (("a\nx\n", "names: 'x' is no class; the data has a, b"), ("a\n", "fewer than two classes")):
-        (tmp_path / "names").write_text(text)
+        names.write_text(text)
         with pytest.raises(InputError, match=fault):
-            protocols.of_classes(images, tmp_path / "names")
+            protocols.of_classes(images, names)
 
 
 def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest_and_names_rows(tmp_path):
@@ -3634,14 +3623,13 @@ def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest_and_names_rows(tmp_p
     assert np.diff(names.astype(int), prepend=0).clip(0).sum() == 40  # lines of text: every fifth name has room
 
 
-def test_confusion_leaves_out_classes_without_images(folders, tmp_path):
+def test_confusion_leaves_out_classes_without_images(tmp_path):
     labels = torch.tensor([0, 2, 2, 0, 2, 0])
     images = Images(labels, ["first", "absent", "last"], pixels=pictures(6, 32, 32))
     job = protocols.Job(vit().float(), tmp_path / "encoder.pt", "", CPU)
-    with mock.patch.object(protocols, "load_splits", return_value=(images, images)):
-        with mock.patch.object(protocols, "draw_matrix") as draw:
-            protocols.run_cluster(job, runs=2)
-    _, confusion, names, _ = draw.call_args.args
+    with mock.patch.multiple(protocols, load_splits=lambda *args, **how: (images, images), draw_matrix=mock.DEFAULT) as fakes:
+        protocols.run_cluster(job, runs=2)
+    _, confusion, names, _ = fakes["draw_matrix"].call_args.args
     assert names == ["first", "last"] and confusion.sum(1).tolist() == [3, 3]
 
 
