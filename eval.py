@@ -1489,6 +1489,7 @@ def draw_matrix(path, counts, names, caption=""):
     _, pen = blank(1, 1)
     room = max(map(pen.textlength, names)) + TEXT
     canvas, pen = blank(room + side, TEXT + side + room)
+    upright = ImageFont.TransposedFont(pen.font, Image.Transpose.ROTATE_90)
     canvas.paste(Image.fromarray(shades(share)).resize((side, side), Image.Resampling.NEAREST), (round(room), TEXT))
     every = math.ceil(1.2 * TEXT / cell)
     for i in range(0, len(counts), every):
