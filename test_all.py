@@ -601,13 +601,13 @@ def test_batch_norm_over_ranks_and_of_several_heads_is_torchs_over_the_whole_bat
             same(ours.view_as(theirs), theirs)
 
 
-EVALUATIONS = ["features", "knn", "probe", "lars", "kmeans", "finetune", "reconstruction", "colorhist", "invariance"]
-
-
 def test_eight_heads_have_the_collectives_of_one(two):
     assert two[0]["collectives"] == [0, 0]
     for found in two[1]:
         assert found["collectives"][0] == found["collectives"][1] > 0
+
+
+EVALUATIONS = ["features", "knn", "probe", "lars", "kmeans", "finetune", "reconstruction", "colorhist", "invariance"]
 
 
 @pytest.mark.parametrize("name", [*EVALUATIONS, "segment", "transfer", "video"])
@@ -676,11 +676,6 @@ def test_uniform_is_uniform_and_neighbouring_keys_rows_and_positions_are_uncorre
         assert abs(np.corrcoef(x.flatten(), other.flatten())[0, 1]) < 4 / math.sqrt(x.numel())
 
 
-def plain_patches(x, p):
-    """Of images, by torch's unfold and the colour last, [N, L, p * p * 3]."""
-    return F.unfold(x, p, stride=p).unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
-
-
 @cuda
 def test_uniform_on_a_gpu_is_that_of_the_cpu():
     rows = torch.arange(100)
@@ -715,19 +710,9 @@ def plain_block(x, block):
     return x + plain_mlp(plain_norm(x, block.norm2), block.mlp)
 
 
-@pytest.mark.parametrize("k", [1, 5, 17])  # 13 of a class
-def test_queue_lookup_of_the_oracle_takes_others_of_the_class_before_all_else(k):
-    queue, labels = common.Queue(40, 6).double(), torch.arange(20) % 3
-    queue.push(common.normalize(normal(40, 6, seed=5)), torch.arange(40), torch.arange(40) % 3)
-    z, index = common.normalize(normal(20, 6, seed=6)), torch.arange(20) * 2
-    z[3] = queue.embeddings[6]  # sample 6 finds its own entry at similarity 1
-    dice = uniform((0, "dice"), index, 1)[:, 0]
-    found = queue.lookup(z, index, k, dice, labels)
-    for n in range(20):
-        similarity = (queue.embeddings @ z[n]).tolist()
-        similarity[index[n]] = -1
-        nearest = sorted(range(40), key=lambda i: (i % 3 != labels[n], -similarity[i]))
-        assert found[n] == nearest[int(dice[n] * k)]
+def plain_patches(x, p):
+    """Of images, by torch's unfold and the colour last, [N, L, p * p * 3]."""
+    return F.unfold(x, p, stride=p).unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
 
 
 def plain_patch_tokens(encoder, x):
@@ -1049,6 +1034,21 @@ def test_queue_starts_with_random_unit_vectors_of_no_sample():
     assert (queue.indices == -1).all() and (queue.labels == -1).all()
 
 
+@pytest.mark.parametrize("k", [1, 5, 17])  # 13 of a class
+def test_queue_lookup_of_the_oracle_takes_others_of_the_class_before_all_else(k):
+    queue, labels = common.Queue(40, 6).double(), torch.arange(20) % 3
+    queue.push(common.normalize(normal(40, 6, seed=5)), torch.arange(40), torch.arange(40) % 3)
+    z, index = common.normalize(normal(20, 6, seed=6)), torch.arange(20) * 2
+    z[3] = queue.embeddings[6]  # sample 6 finds its own entry at similarity 1
+    dice = uniform((0, "dice"), index, 1)[:, 0]
+    found = queue.lookup(z, index, k, dice, labels)
+    for n in range(20):
+        similarity = (queue.embeddings @ z[n]).tolist()
+        similarity[index[n]] = -1
+        nearest = sorted(range(40), key=lambda i: (i % 3 != labels[n], -similarity[i]))
+        assert found[n] == nearest[int(dice[n] * k)]
+
+
 def test_queue_is_first_in_first_out():
     queue, memory = common.Queue(10, 2).double(), collections.deque([-1] * 10, maxlen=10)
     pushed = 0
@@ -1141,12 +1141,6 @@ def test_micro_batches_on_a_gpu_give_the_step_in_one_piece():
     assert all_equal(split_gradients.values(), gradients.values(), 1e-5)
 
 
-@pytest.mark.parametrize("steps, warmup", [(6, 1.2), (138, 27.6), (23, 4.6), (5, 0.5), (3, 3), (10, 20), (10, 0)])
-def test_schedule_never_exceeds_the_peak(steps, warmup):
-    factors = [common.warmup_cosine(s, steps, warmup) for s in range(steps)]
-    assert max(factors) <= 1 and (warmup or factors[0] == 1)
-
-
 # ------------------------------------------------------------------------------------------------------- optimisation
 
 
@@ -1183,6 +1177,12 @@ def test_norms_biases_and_tokens_are_not_decayed():
         if p.requires_grad:
             expected[name] = (1, 0.05 if name.endswith("weight") and "norm" not in name else 0)
     assert found == expected
+
+
+@pytest.mark.parametrize("steps, warmup", [(6, 1.2), (138, 27.6), (23, 4.6), (5, 0.5), (3, 3), (10, 20), (10, 0)])
+def test_schedule_never_exceeds_the_peak(steps, warmup):
+    factors = [common.warmup_cosine(s, steps, warmup) for s in range(steps)]
+    assert max(factors) <= 1 and (warmup or factors[0] == 1)
 
 
 def test_lars_is_its_formula():
@@ -1371,11 +1371,6 @@ def test_an_unreadable_image_is_replaced_named_once_and_counted_and_a_hundred_en
     assert "\n" not in str(refused.value)
 
 
-def image_file(mode, colour, suffix="PNG", size=(20, 30), **how):
-    """What writes a picture of one colour into a file."""
-    return lambda path: Image.new(mode, size, colour).save(path, suffix, **how)
-
-
 def test_folders_of_classes_give_labels(tmp_path):
     for split, classes in (("train", "ba"), ("test", "ab")):
         for c in classes:
@@ -1395,6 +1390,11 @@ def test_any_tree_of_images_will_do_without_labels(tmp_path):
     assert len(train) == 3 and val is None and train.labels.tolist() == [-1] * 3
     with pytest.raises(InputError, match="labels are needed"):
         common.load_images(str(tmp_path), "train")
+
+
+def image_file(mode, colour, suffix="PNG", size=(20, 30), **how):
+    """What writes a picture of one colour into a file."""
+    return lambda path: Image.new(mode, size, colour).save(path, suffix, **how)
 
 
 def bytes_of(content):
@@ -1907,49 +1907,6 @@ def test_oracle_neighbours_are_all_of_the_samples_class():
     assert aux["nn_accuracy"] == (Q.labels[free] == labels).float().mean() < 1  # the authors log it without the oracle
 
 
-@pytest.mark.parametrize("authors_head", [False, True])
-def test_layers_of_the_heads_and_the_accuracy_of_their_neighbours(authors_head):
-    heads = mim_refiner.IDHeads(3, 16, 16, 12, head_dim=8, queue=32, authors_head=authors_head)
-    layer = ["HeadLinear", "BatchNorm", "GELU"] if authors_head else ["HeadLinear", "GELU", "BatchNorm"]
-    for layers, repeated in ((heads.projector, 2), (heads.predictor, 1)):
-        assert [type(m).__name__ for m in layers] == layer * repeated + ["HeadLinear", "BatchNorm"]
-    heads.Q.labels[:] = 2  # nn_accuracy is the share of neighbours of the class
-    y, index, labels = torch.randn(6, 5, 3, 16), torch.arange(6), torch.tensor([2, 1, 2, 0, 2, 1])
-    assert heads.loss(y, index, labels, torch.zeros(6, 2), 0.2, 1)[1]["nn_accuracy"].tolist() == [0.5] * 3
-
-
-def test_knn_per_block_has_the_defaults_of_c4_and_a_bank_drawn_at_random():
-    encoder, train, val = vit().float(), image_set(24, 32, "abc"), image_set(18, 32, "abc")
-    found = protocols.knn_per_block(encoder, train, val, CPU)
-    assert found == protocols.knn_per_block(encoder, train, val, CPU, ks=[10], temperature=0.07, standardize=True)
-    assert protocols.knn_per_block(encoder, train, val, CPU, blocks=[3, 1]) == [found[2], found[0]]
-    with mock.patch.object(protocols, "features", side_effect=protocols.features) as features:
-        protocols.knn_per_block(encoder, train, val, CPU, bank=12)
-    of_train, of_val = features.call_args_list
-    drawn = of_train.kwargs["index"]
-    assert len(set(drawn.tolist())) == 12 and len(train.labels[drawn].unique()) == 3
-    assert of_val.args[1] is val and "index" not in of_val.kwargs
-
-
-CAN_DRAWS = dict(colour=[13], mask=[16], sigma=[])
-
-
-def test_a_step_of_can_draws_views_masks_levels_and_noise_by_their_keys():
-    s, model = tiny_can()
-    images, rows = image_set(256, 20), torch.arange(128)
-    with mock.patch.object(model, "encode", side_effect=model.float().encode) as encode:
-        can.pretrain(Run(CPU, s), "can", model, images, s)
-    colours = [can.simclr_colours(1)] * 2
-    stream = common.batches(images, [View(16, (s.scale_min, 1.0))] * 2, 128, 0, 2, 0, CPU)
-    for step, (data, call) in enumerate(zip(stream, encode.call_args_list, strict=True)):
-        x, noise, sigma, e = call.args
-        drawn = {name: uniform((0, "can", step, name), rows, 2, *shape) for name, shape in CAN_DRAWS.items()}
-        views = map(common.augment, data.views, colours, drawn["colour"].unbind(1))
-        assert torch.equal(x, torch.stack(list(views), 1)) and torch.equal(noise, drawn["mask"])
-        assert torch.equal(sigma, 0.5 * drawn["sigma"])
-        assert torch.equal(e, common.normal((0, "can", step, "noise"), rows, 2, 3, 16, 16))
-
-
 def test_a_detached_head_sends_no_gradient_to_the_encoder(folders, tmp_path):
     def encoder_gradients(flags):
         out = tmp_path / flags
@@ -2114,6 +2071,17 @@ def plain_refiner_loss(projector, predictor, Q, own, y, index, dice, k):
     return nna_loop(p, z, nn_z, 0.2)[0], z[:, 0]
 
 
+@pytest.mark.parametrize("authors_head", [False, True])
+def test_layers_of_the_heads_and_the_accuracy_of_their_neighbours(authors_head):
+    heads = mim_refiner.IDHeads(3, 16, 16, 12, head_dim=8, queue=32, authors_head=authors_head)
+    layer = ["HeadLinear", "BatchNorm", "GELU"] if authors_head else ["HeadLinear", "GELU", "BatchNorm"]
+    for layers, repeated in ((heads.projector, 2), (heads.predictor, 1)):
+        assert [type(m).__name__ for m in layers] == layer * repeated + ["HeadLinear", "BatchNorm"]
+    heads.Q.labels[:] = 2  # nn_accuracy is the share of neighbours of the class
+    y, index, labels = torch.randn(6, 5, 3, 16), torch.arange(6), torch.tensor([2, 1, 2, 0, 2, 1])
+    assert heads.loss(y, index, labels, torch.zeros(6, 2), 0.2, 1)[1]["nn_accuracy"].tolist() == [0.5] * 3
+
+
 def test_blocks_with_heads_are_the_last_or_those_that_are_named():
     last = list(range(17, 25))
     for given, blocks in (({}, last), (dict(heads=2), [23, 24]), (dict(head_blocks="17-24"), last),
@@ -2219,6 +2187,19 @@ def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, 
         compared.append((plain_head(found.predictor, h), predictor, "2.bias"))
     for ours, reference, *idle in compared:
         assert all_equal(touched(ours, *idle), touched(reference, *idle), 1e-7)
+
+
+def test_knn_per_block_has_the_defaults_of_c4_and_a_bank_drawn_at_random():
+    encoder, train, val = vit().float(), image_set(24, 32, "abc"), image_set(18, 32, "abc")
+    found = protocols.knn_per_block(encoder, train, val, CPU)
+    assert found == protocols.knn_per_block(encoder, train, val, CPU, ks=[10], temperature=0.07, standardize=True)
+    assert protocols.knn_per_block(encoder, train, val, CPU, blocks=[3, 1]) == [found[2], found[0]]
+    with mock.patch.object(protocols, "features", side_effect=protocols.features) as features:
+        protocols.knn_per_block(encoder, train, val, CPU, bank=12)
+    of_train, of_val = features.call_args_list
+    drawn = of_train.kwargs["index"]
+    assert len(set(drawn.tolist())) == 12 and len(train.labels[drawn].unique()) == 3
+    assert of_val.args[1] is val and "index" not in of_val.kwargs
 
 
 # ---------------------------------------------------------------------------------------------------------------- CAN
@@ -2376,6 +2357,25 @@ def test_the_authors_can_is_their_ports():
     z, ids_restore, sigma = normal(1, 1 + 8, 16), normal(1, 16).argsort(), torch.tensor([[0.2]]).double()
     p = plain_level(model.level, sigma * 10000 ** (-torch.arange(64).double() / 63))
     same(model.decode(z, ids_restore, sigma[0]), model.decoder(z + p, ids_restore))  # not to mask tokens
+
+
+CAN_DRAWS = dict(colour=[13], mask=[16], sigma=[])
+
+
+def test_a_step_of_can_draws_views_masks_levels_and_noise_by_their_keys():
+    s, model = tiny_can()
+    images, rows = image_set(256, 20), torch.arange(128)
+    with mock.patch.object(model, "encode", side_effect=model.float().encode) as encode:
+        can.pretrain(Run(CPU, s), "can", model, images, s)
+    colours = [can.simclr_colours(1)] * 2
+    stream = common.batches(images, [View(16, (s.scale_min, 1.0))] * 2, 128, 0, 2, 0, CPU)
+    for step, (data, call) in enumerate(zip(stream, encode.call_args_list, strict=True)):
+        x, noise, sigma, e = call.args
+        drawn = {name: uniform((0, "can", step, name), rows, 2, *shape) for name, shape in CAN_DRAWS.items()}
+        views = map(common.augment, data.views, colours, drawn["colour"].unbind(1))
+        assert torch.equal(x, torch.stack(list(views), 1)) and torch.equal(noise, drawn["mask"])
+        assert torch.equal(sigma, 0.5 * drawn["sigma"])
+        assert torch.equal(e, common.normal((0, "can", step, "noise"), rows, 2, 3, 16, 16))
 
 
 def test_keyed_gaussians_do_not_depend_on_how_rows_are_split():
