@@ -139,7 +139,8 @@ def timm_vit(state):
 def pictures(count, height, width, seed=0):
     """Random pictures, uint8 [count, 3, height, width], with structure at every scale."""
     rng = np.random.default_rng(seed)
-    grids = [rng.random((count, 3, h, w)) for h, w in ((2, 2), (5, 5), (11, 11), (height, width))]
+    sizes = (2, 2), (5, 5), (11, 11), (height, width)
+    grids = [rng.random((count, 3, *size)) for size in sizes]
     x = sum(F.interpolate(torch.from_numpy(g), (height, width), mode="bilinear") for g in grids)
     return (x / len(grids) * 255).round().byte()
 
@@ -361,11 +362,11 @@ def take_steps(name, micro_batch, data, out):
 
 
 def gather_outcome():
+    """The gradient of what was made before a gather: the very tensor that the gather's backward receives."""
     x, other = rows_here(normal(6, 3)).clone().requires_grad_(), normal(6, 3, seed=1).requires_grad_()
-    twice = 2 * other  # made before the gather: its gradient is the very tensor that the gather's backward receives
-    rows = common.gather(x)
-    ((rows + twice) * normal(2, 6, 3, seed=2)[common.rank()]).sum().backward()
-    return rows.detach(), x.grad, other.grad
+    twice = 2 * other
+    ((common.gather(x) + twice) * normal(2, 6, 3, seed=2)[common.rank()]).sum().backward()
+    return other.grad
 
 
 def batch_norm_outcome(*shape):
@@ -577,13 +578,9 @@ def test_most_gradients_travel_during_the_last_backward_pass(two):
             assert all_equal(weights, expected)
 
 
-def test_gather_returns_all_rows_and_their_gradient_from_all_ranks(two):
-    weights = normal(2, 6, 3, seed=2)
+def test_a_gathers_backward_leaves_the_gradient_that_it_receives_alone(two):
     for rank, found in enumerate(two[1]):
-        rows, gradient, of_other = found["gather"]
-        assert torch.equal(rows, normal(6, 3))
-        assert error(gradient, weights.sum(0).chunk(2)[rank]) < 1e-12
-        assert error(of_other, 2 * weights[rank]) < 1e-12  # left alone
+        same(found["gather"], 2 * normal(2, 6, 3, seed=2)[rank])
 
 
 @pytest.mark.parametrize("heads, shape", [(1, [5]), (2, [2, 5])])
@@ -671,7 +668,8 @@ def test_uniform_is_uniform_and_neighbouring_keys_rows_and_positions_are_uncorre
     for numbers in (x.flatten(), x[:, 17], x[1234]):  # all, one position of many rows, one row
         assert scipy.stats.kstest(numbers, "uniform").pvalue > 1e-3
     assert scipy.stats.chisquare(torch.histc(x, 256, 0, 1)).pvalue > 1e-3
-    others = [uniform(key, torch.arange(2000), 100) for key in ((0, 6, "mask"), (1, 5, "mask"), (0, 5, "dice"))]
+    keys = (0, 6, "mask"), (1, 5, "mask"), (0, 5, "dice")
+    others = [uniform(key, torch.arange(2000), 100) for key in keys]
     for other in (*others, x.roll(1, 0), x.roll(1, 1)):
         assert abs(np.corrcoef(x.flatten(), other.flatten())[0, 1]) < 4 / math.sqrt(x.numel())
 
@@ -685,34 +683,25 @@ def test_uniform_on_a_gpu_is_that_of_the_cpu():
 # ------------------------------------------------------------------------------------------------- vision transformer
 
 
-def plain_norm(x, norm):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
-
-
-def plain_attention(x, attn):
-    q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).chunk(3, -1)
-    width, heads = x.shape[-1] // attn.heads, []
-    for h in range(attn.heads):
-        s = slice(h * width, (h + 1) * width)
-        weights = (q[..., s] @ k[..., s].transpose(-2, -1) / math.sqrt(width)).exp()
-        heads.append(weights / weights.sum(-1, keepdim=True) @ v[..., s])
-    return torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
-
-
-def plain_mlp(x, mlp):
-    x = x @ mlp.fc1.weight.T + mlp.fc1.bias
-    return (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ mlp.fc2.weight.T + mlp.fc2.bias
-
-
-def plain_block(x, block):
-    x = x + plain_attention(plain_norm(x, block.norm1), block.attn)
-    return x + plain_mlp(plain_norm(x, block.norm2), block.mlp)
+def torchs_block(block, post_norm=False):
+    """torch's own layer with a block's weights."""
+    renamed = {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "mlp.fc": "linear"}
+    state = {}
+    for name, value in block.state_dict().items():
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        state[name] = value
+    dim, hidden = block.mlp.fc2.weight.shape
+    how = dict(dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=not post_norm)
+    layer = nn.TransformerEncoderLayer(dim, block.attn.heads, hidden, **how).double()
+    layer.load_state_dict(state)
+    return layer
 
 
 def plain_patches(x, p):
     """Of images, by torch's unfold and the colour last, [N, L, p * p * 3]."""
-    return F.unfold(x, p, stride=p).unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
+    patches = F.unfold(x, p, stride=p).unflatten(1, (3, -1))
+    return patches.permute(0, 3, 2, 1).flatten(2)
 
 
 def plain_patch_tokens(encoder, x):
@@ -741,17 +730,16 @@ def test_visible_patches_are_those_of_ids_keep_in_its_order():
     for n in range(3):
         tokens = torch.cat([encoder.cls_token[0] + encoder.pos_embed[0, :1], patches[n, ids[n]]])
         for block in encoder.blocks:
-            tokens = plain_block(tokens, block)
-        same(found[n], plain_norm(tokens, encoder.norm))
+            tokens = torchs_block(block)(tokens)
+        same(found[n], encoder.norm(tokens))
 
 
 def test_post_norm_encoder_is_data2vecs():
     encoder, x = vit(post_norm=True), normal(2, 3, 32, 32)
     cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
-    tokens = plain_norm(torch.cat([cls, plain_patch_tokens(encoder, x)], 1), encoder.embed_norm)
+    tokens = encoder.embed_norm(torch.cat([cls, plain_patch_tokens(encoder, x)], 1))
     for block in encoder.post_blocks:
-        tokens = plain_norm(tokens + plain_attention(tokens, block.attn), block.norm1)
-        tokens = plain_norm(tokens + plain_mlp(tokens, block.mlp), block.norm2)
+        tokens = torchs_block(block, post_norm=True)(tokens)
     same(encoder(x), tokens)  # no norm at the end
 
 
@@ -882,7 +870,9 @@ def test_weights_start_as_maes():
 # ------------------------------------------------------------------------------------------------- masked autoencoder
 
 
-@pytest.mark.parametrize("patches, ratio, kept", [(196, 0.75, 49), (196, 0.5, 98), (36, 0.75, 9), (10, 0.65, 3), (7, 0, 7)])
+@pytest.mark.parametrize(
+    "patches, ratio, kept", [(196, 0.75, 49), (196, 0.5, 98), (10, 0.65, 3), (7, 0, 7)]
+)
 def test_random_masking_keeps_the_patches_of_least_noise(patches, ratio, kept):
     noise = uniform((0, "mask"), torch.arange(4), patches)
     ids_keep, ids_restore, mask = common.random_masking(noise, ratio)
@@ -898,7 +888,7 @@ def test_patches_are_cut_row_by_row_with_the_colour_last():
     x = normal(2, 3, 8, 12)
     patches = common.patchify(x, 4)
     assert torch.equal(patches, plain_patches(x, 4))
-    assert torch.equal(patches[1, 4, 16:18], torch.stack([x[1, 1, 5, 5], x[1, 2, 5, 5]]))  # second row and column
+    assert patches[1, 4, 16] == x[1, 1, 5, 5]  # green of the pixel at (1, 1) of the patch at (1, 1)
     assert torch.equal(common.unpatchify(patches, 4, 8, 12), x)
 
 
@@ -907,15 +897,11 @@ def plain_norm_pix(patches):
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_mae_loss_is_the_formula(norm_pix):
+def test_mae_loss_of_pixels_is_the_formula():
     x, pred = normal(3, 3, 16, 16), normal(3, 16, 48, seed=1)
     mask = common.random_masking(uniform((0,), torch.arange(3), 16), 0.75)[2]
-    target = plain_patches(x, 4)
-    if norm_pix:
-        target = plain_norm_pix(target)
-    per_patch = ((pred - target) ** 2).mean(-1)
-    found = common.mae_loss(pred, x, mask, norm_pix)
+    per_patch = ((pred - plain_patches(x, 4)) ** 2).mean(-1)
+    found = common.mae_loss(pred, x, mask, norm_pix=False)  # normalised ones are in the loop of pre-training
     same(found, torch.stack([losses[m == 1].sum() / 12 for losses, m in zip(per_patch, mask)]))
     same(found.mean(), (per_patch * mask).sum() / mask.sum())  # MAE's loss of a batch
 
@@ -924,20 +910,18 @@ def test_mae_loss_is_the_formula(norm_pix):
 def test_decoder_puts_every_token_in_its_place(levels):
     """A noise level is added before `decoder_embed`, to mask tokens too: what that makes of it comes on top of them."""
     torch.manual_seed(0)
-    decoder, tokens = randomized(common.MAEDecoder((4, 4), 4, 16, dim=24, depth=2, heads=3)), normal(2, 1 + 4, 16)
-    level = levels * normal(2, 16, seed=1)
+    decoder = randomized(common.MAEDecoder((4, 4), 4, 16, dim=24, depth=2, heads=3))
+    tokens, level = normal(2, 1 + 4, 16), levels * normal(2, 16, seed=1)
     ids_keep, ids_restore, _ = common.random_masking(uniform((1,), torch.arange(2), 16), 0.75)  # 4 of 16 stay
     found = decoder(tokens, ids_restore, level if levels else None)
-    weight, bias = decoder.decoder_embed.weight, decoder.decoder_embed.bias
     for n in range(2):
-        visible = (tokens[n] + level[n]) @ weight.T + bias
-        x = (decoder.mask_token[0] + weight @ level[n]).repeat(17, 1)
+        visible = decoder.decoder_embed(tokens[n] + level[n])
+        x = (decoder.mask_token[0] + decoder.decoder_embed.weight @ level[n]).repeat(17, 1)
         x[0], x[1 + ids_keep[n]] = visible[0], visible[1:]  # [CLS] first
         x = x + decoder.decoder_pos_embed[0]
         for block in decoder.decoder_blocks:
-            x = plain_block(x, block)
-        x = plain_norm(x, decoder.decoder_norm) @ decoder.decoder_pred.weight.T + decoder.decoder_pred.bias
-        same(found[n], x[1:])
+            x = torchs_block(block)(x)
+        same(found[n], decoder.decoder_pred(decoder.decoder_norm(x))[1:])
 
 
 # --------------------------------------------------------------------------------------------------- MAE pre-training
@@ -971,7 +955,8 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(views):
 
 
 def test_reconstruction_shows_visible_patches_and_predictions():
-    (encoder, decoder), x, noise = autoencoder(), normal(2, 3, 16, 16), uniform((0,), torch.arange(2), 16)
+    encoder, decoder = autoencoder()
+    x, noise = normal(2, 3, 16, 16), uniform((0,), torch.arange(2), 16)
     shown = common.reconstruct(encoder, decoder, x, noise)
     ids, restore, mask = common.random_masking(noise, 0.75)
     patches, masked, restored = (plain_patches(t, 4) for t in (x, *shown))
@@ -1179,7 +1164,9 @@ def test_norms_biases_and_tokens_are_not_decayed():
     assert found == expected
 
 
-@pytest.mark.parametrize("steps, warmup", [(6, 1.2), (138, 27.6), (23, 4.6), (5, 0.5), (3, 3), (10, 20), (10, 0)])
+@pytest.mark.parametrize(
+    "steps, warmup", [(6, 1.2), (138, 27.6), (23, 4.6), (5, 0.5), (10, 20), (10, 0)]
+)
 def test_schedule_never_exceeds_the_peak(steps, warmup):
     factors = [common.warmup_cosine(s, steps, warmup) for s in range(steps)]
     assert max(factors) <= 1 and (warmup or factors[0] == 1)
@@ -1222,7 +1209,9 @@ class TorchDice:
         return torch.randint(low, high + 1, (1,)).item()
 
 
-@pytest.mark.parametrize("height, width", [(224, 320), (48, 48), (333, 251), (30, 400), (401, 31), (60, 401), (1, 9)])
+@pytest.mark.parametrize(
+    "height, width", [(224, 320), (48, 48), (30, 400), (401, 31), (60, 401), (1, 9)]
+)
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.6, 1.0)])
 def test_crop_boxes_are_torchvisions(height, width, scale):
     for seed in range(50):
@@ -1274,9 +1263,12 @@ def test_views_are_torchvisions_crops_and_half_of_them_mirrored():
 
 def test_crops_are_drawn_from_seed_epoch_and_sample():
     images = Images(torch.zeros(2), [], pixels=edges(1, 48, 56)[[0, 0]])
-    keys = [(3, 0, 0), (3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1)]
-    found = [common.RandomCrops([View(16)], seed)(images, epoch, index)[0] for seed, epoch, index in keys]
-    assert [torch.equal(x, found[0]) for x in found] == [True, True, False, False, False]
+
+    def crop(seed, epoch, index):
+        return common.RandomCrops([View(16)], seed)(images, epoch, index)[0].numpy().tobytes()
+
+    keys = [*itertools.product((3, 4), (0, 1), (0, 1))]
+    assert len({crop(*key) for key in keys}) == len({crop(*key) for key in 2 * keys}) == 8
 
 
 def test_center_crop_is_torchvisions():
@@ -1494,7 +1486,7 @@ def test_distant_sampling_takes_a_frame_from_either_half(length):
     assert [set(column.tolist()) for column in frames.T] == expected
 
 
-@pytest.mark.parametrize("length, gap", [(12, 0), (12, 4), (12, 8), (3, 8), (1, 2), (5, 4)])
+@pytest.mark.parametrize("length, gap", [(12, 0), (12, 4), (3, 8), (1, 2)])
 def test_continuous_sampling_keeps_within_the_gap(length, gap):
     first, second = common.sample_frames(uniform((0,), torch.arange(600), 2), length, gap).T
     farthest = min(gap, length - 1)
@@ -1582,7 +1574,7 @@ def test_colour_operations_are_torchvisions_with_an_amount_a_sample(ours, torchv
 
 @pytest.mark.parametrize(
     "side, largest, radius",
-    [(224, 2.0, 11), (224, 5.0, 15), (48, 2.0, 6), (24, 2.0, 6), (24, 0.9, 3), (5, 2.0, 4)],
+    [(224, 2, 11), (224, 5, 15), (24, 0.9, 3), (5, 2, 4)],
 )
 def test_blur_is_scipys_over_a_tenth_of_the_side_and_three_sigma(side, largest, radius):
     x, sigma = normal(3, 3, side, side + 2), largest * torch.tensor([0.1, 0.6, 1.0]).double()
@@ -1853,7 +1845,8 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
         L1, L2 = (F.cross_entropy(nn_z[v] @ p[1 - v].T / temperature, rows) for v in (0, 1))
         cosine = half_cosine(max(0, step - 1.2) / 4.8)  # a fifth of the 6 steps is warm-up
         plain_step(optimizer, L1 / 2 + L2 / 2, min(cosine, (step + 1) / 1.2))
-        Q, own = torch.cat([Q[8:], z[0].detach()]), torch.cat([own[8:], data.index])
+        Q = torch.cat([Q[8:], z[0].detach()])
+        own = torch.cat([own[8:], data.index])
         plain_ema(f_m, f, 0.9)
         plain_ema(g_m, g, projector_ema)
         for a, b in zip(g_m.buffers(), g.buffers()):
@@ -1895,7 +1888,8 @@ def test_oracle_neighbours_are_all_of_the_samples_class():
     Q.push(common.normalize(normal(32, 8, seed=9)), index, index % 4)
     y, index = [normal(8, 16, seed=seed) for seed in (1, 2)], torch.arange(8)
     labels, dice = index % 4, uniform((0,), index, 2)
-    z, p = ([common.normalize(layers(v)) for v in y] for layers in (head.g_m, lambda v: head.h(head.g(v))))
+    z = [common.normalize(head.g_m(v)) for v in y]
+    p = [common.normalize(head.h(head.g(v))) for v in y]
     expected = 0
     for view in (0, 1):
         found = Q.lookup(z[view], index, 3, dice[:, view], labels)
@@ -2014,8 +2008,8 @@ def test_heads_of_several_temperatures_side_by_side(folders, tmp_path):
     with mock.patch.object(mim_refiner.IDHeads, "loss", kept):
         tiny(mim_refiner, folders, tmp_path, "--no_eval --temperatures 0.25,0.5,1")
     for y, temperatures in seen:  # all read the same: [CLS] behind the final norm
-        assert y.shape[2] == 3 and torch.equal(y[:, :, :1].expand_as(y), y) and temperatures == [0.25, 0.5, 1]
-        assert y.mean(-1).abs().max() < 1e-4
+        assert y.shape[2] == 3 and torch.equal(y[:, :, :1].expand_as(y), y)
+        assert temperatures == [0.25, 0.5, 1] and y.mean(-1).abs().max() < 1e-4
     log = [line for line in log_of(tmp_path) if line["stage"] != "mae"]
     assert {line["stage"] for line in log} == {"heads"} and {len(line["nn_accuracy"]) for line in log} == {3}
     assert not (tmp_path / "encoder.pt").exists()
@@ -2052,7 +2046,8 @@ def test_nearest_neighbor_alignment_is_the_formula_over_22_pairs(variant):
     z, nn_z = (common.normalize(normal(2, 5, 2, 6, seed=i)) for i in (1, 2))
     temperatures = torch.tensor([0.2, 0.7], dtype=torch.float64)  # Appendix E: a temperature a head
     losses = mim_refiner.nearest_neighbor_alignment(p, z, nn_z, temperatures.view(2, 1, 1, 1), **variant)
-    loops, pairs = zip(*(nna_loop(p[h], z[h], nn_z[h], temperatures[h], **variant) for h in (0, 1)))
+    of_heads = zip(p, z, nn_z, temperatures)
+    loops, pairs = zip(*(nna_loop(*of_head, **variant) for of_head in of_heads))
     assert pairs == (22, 22)
     same(losses, torch.stack(loops))
     gradients = [torch.autograd.grad(sum(of_heads), p)[0] for of_heads in (losses, loops)]
@@ -2067,8 +2062,8 @@ def plain_refiner_loss(projector, predictor, Q, own, y, index, dice, k):
     projected = projector(y.flatten(0, 1))  # all views in one BatchNorm batch
     p = F.normalize(predictor(projected), dim=1).unflatten(0, (n, views))
     z = F.normalize(projected.detach(), dim=1).unflatten(0, (n, views))[:, :2]
-    nn_z = torch.stack([plain_lookup(z[:, v], Q, own, index, dice[:, v], k) for v in (0, 1)], 1)
-    return nna_loop(p, z, nn_z, 0.2)[0], z[:, 0]
+    nn_z = [plain_lookup(z[:, v], Q, own, index, dice[:, v], k) for v in (0, 1)]
+    return nna_loop(p, z, torch.stack(nn_z, 1), 0.2)[0], z[:, 0]
 
 
 @pytest.mark.parametrize("authors_head", [False, True])
@@ -2078,8 +2073,9 @@ def test_layers_of_the_heads_and_the_accuracy_of_their_neighbours(authors_head):
     for layers, repeated in ((heads.projector, 2), (heads.predictor, 1)):
         assert [type(m).__name__ for m in layers] == layer * repeated + ["HeadLinear", "BatchNorm"]
     heads.Q.labels[:] = 2  # nn_accuracy is the share of neighbours of the class
-    y, index, labels = torch.randn(6, 5, 3, 16), torch.arange(6), torch.tensor([2, 1, 2, 0, 2, 1])
-    assert heads.loss(y, index, labels, torch.zeros(6, 2), 0.2, 1)[1]["nn_accuracy"].tolist() == [0.5] * 3
+    y, index, dice = torch.randn(6, 5, 3, 16), torch.arange(6), torch.zeros(6, 2)
+    _, aux = heads.loss(y, index, torch.tensor([2, 1, 2, 0, 2, 1]), dice, 0.2, 1)
+    assert aux["nn_accuracy"].tolist() == [0.5] * 3
 
 
 def test_blocks_with_heads_are_the_last_or_those_that_are_named():
@@ -2089,33 +2085,35 @@ def test_blocks_with_heads_are_the_last_or_those_that_are_named():
         assert mim_refiner.blocks_of(mim_refiner.Settings(**given), 24) == blocks
 
 
-def lower_weights(schedule, epoch):
-    """Loss weights of the 7 heads below the last, of 20 epochs."""
-    weights = [round(w, 3) for w in mim_refiner.head_weights(schedule, epoch / 20, 8)]
-    assert weights.pop() == 1
-    return weights
-
-
-def test_loss_schedules_by_number():
-    assert lower_weights("constant", 19) == lower_weights("uniform_decay", 4) == [1] * 7
-    assert lower_weights("staggered_decay", 3.9) == lower_weights("staggered_step", 3.9) == [1] * 7
-    assert lower_weights("uniform_decay", 12) == [0.5] * 7
-    assert lower_weights("uniform_decay", 20) == lower_weights("staggered_decay", 20) == [0] * 7
-    cosines = [round(half_cosine((9 - turn) / (20 - turn)), 3) for turn in (4, 6, 8)]
-    assert lower_weights("staggered_decay", 9) == cosines + [1] * 4
-    assert lower_weights("staggered_step", 4.1) == [0] + [1] * 6
-    assert lower_weights("staggered_step", 9) == [0] * 3 + [1] * 4
-    assert lower_weights("staggered_step", 16.1) == [0] * 7
-    assert mim_refiner.head_weights("uniform_decay", 0.6, 2) == pytest.approx([0.5, 1])
-
-
-def test_the_one_hot_schedule_by_number():
+COSINES = [round(half_cosine((9 - turn) / (20 - turn)), 3) for turn in (4, 6, 8)]
+SCHEDULES = dict(
+    constant={19: [1] * 7},
+    uniform_decay={4: [1] * 7, 12: [0.5] * 7, 20: [0] * 7},
+    staggered_decay={3.9: [1] * 7, 9: COSINES + [1] * 4, 20: [0] * 7},
+    staggered_step={
+        3.9: [1] * 7,
+        4.1: [0] + [1] * 6,
+        9: [0] * 3 + [1] * 4,
+        16.1: [0] * 7,
+    },
     # Table 1c, the authors' onehot.yaml: the lowest head's turn is epochs 0-4, the next one's 4-6, … the 7th's 14-16
-    assert lower_weights("one_hot", 0) == lower_weights("one_hot", 3.9) == [1] + [0.1] * 6
-    assert lower_weights("one_hot", 5) == [0, 1] + [0.1] * 5
-    assert lower_weights("one_hot", 9) == [0, 0, 0, 1, 0.1, 0.1, 0.1]
-    assert lower_weights("one_hot", 15.9) == [0] * 6 + [1]
-    assert lower_weights("one_hot", 16.1) == [0] * 7
+    one_hot={
+        0: [1] + [0.1] * 6,
+        3.9: [1] + [0.1] * 6,
+        5: [0, 1] + [0.1] * 5,
+        9: [0, 0, 0, 1, 0.1, 0.1, 0.1],
+        15.9: [0] * 6 + [1],
+        16.1: [0] * 7,
+    },
+)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_loss_weights_of_the_7_heads_below_the_last_in_epochs_of_20(schedule):
+    for epoch, expected in SCHEDULES[schedule].items():
+        weights = [round(w, 3) for w in mim_refiner.head_weights(schedule, epoch / 20, 8)]
+        assert weights == [*expected, 1]
+    assert mim_refiner.head_weights("uniform_decay", 0.6, 2) == pytest.approx([0.5, 1])
     assert mim_refiner.head_weights("one_hot", 0.5, 1) == [1]
 
 
@@ -2169,11 +2167,13 @@ def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, 
         dice = uniform((0, stage, step, "dice"), rows, 2)
         y = plain_refinement_features(f, data.views, colours, noise)
         k = 4 if refine else 1
-        losses, z = zip(*(plain_refiner_loss(*pairs[h], Q[h], own, y[h], data.index, dice, k) for h in (0, 1)))
+        of_heads = [plain_refiner_loss(*pairs[h], Q[h], own, y[h], data.index, dice, k) for h in (0, 1)]
+        losses, z = zip(*of_heads)
         weight = half_cosine(max(0, step / 6 - 0.2) / 0.8) if refine else 1
         cosine = 1e-6 / lr + (1 - 1e-6 / lr) * half_cosine(max(0, step - 2) / 4)  # 2 steps of warm-up
         plain_step(optimizer, weight * losses[0] + losses[1], min(cosine, (step + 1) / 2))
-        Q, own = torch.cat([Q[:, 8:], torch.stack(z)], 1), torch.cat([own[8:], data.index])
+        Q = torch.cat([Q[:, 8:], torch.stack(z)], 1)
+        own = torch.cat([own[8:], data.index])
         plain_ema(f_ema, f, 0.9)
 
     found = after["heads"]
@@ -2238,7 +2238,7 @@ def test_simclr_colours_have_strength_1():
     assert can.simclr_colours(recipe(can, "--methods mae").strength) is None  # He et al.: crop and flip
 
 
-@pytest.mark.parametrize("lambda_infonce, lam", [(0.03, 0.7), (0, 0.7), (0.03, 0), (0.03, 1), (1, 0.7)])
+@pytest.mark.parametrize("lambda_infonce, lam", [(0.03, 0.7), (0, 0.7), (0.03, 0), (1, 0.7)])
 def test_loss_weights_sum_to_1(lambda_infonce, lam):
     weights = can.loss_weights(lambda_infonce, lam)
     rec, denoise = weights["rec"], weights["denoise"]
@@ -2259,8 +2259,9 @@ def tiny_can(method="can", **changes):
 def can_inputs(s):
     """Views x, masks' noise, levels sigma, Gaussian e of 6 samples."""
     x, e = (normal(6, s.views, 3, 16, 16, seed=seed) for seed in (1, 2))
-    rows = torch.arange(6)
-    return x, uniform(("mask",), rows, s.views, 16), s.sigma_max * uniform(("sigma",), rows, s.views).double(), e
+    noise = uniform(("mask",), torch.arange(6), s.views, 16)
+    sigma = uniform(("sigma",), torch.arange(6), s.views)
+    return x, noise, s.sigma_max * sigma.double(), e
 
 
 def test_can_contrast_is_nt_xent_of_both_views_in_one_batch_norm():
@@ -2268,7 +2269,7 @@ def test_can_contrast_is_nt_xent_of_both_views_in_one_batch_norm():
     y = normal(6, 2, 16)
     loss, log = model.objective(y)
     projector = plain_head(model.projector)
-    assert [m.weight.shape for m in projector if isinstance(m, nn.Linear)] == [(16, 16), (16, 16), (8, 16)]
+    assert [m.weight.shape for m in projector[::3]] == [(16, 16), (16, 16), (8, 16)]
     assert len(projector) == 7  # two hidden layers with BatchNorm and ReLU, none behind the last
     u = projector(y.transpose(0, 1).flatten(0, 1))  # views one after the other
     expected = common.nt_xent(*F.normalize(u, dim=1).chunk(2), 0.1)
@@ -2288,14 +2289,16 @@ def test_can_losses_are_loops_over_the_formulas(variant):
     assert z.shape == (12, 1 + kept, 16) and torch.equal(of_decoder, sigma.flatten())
     x_hat = model.decode(z, ids_restore, sigma.flatten()).view(6, 2, 16, 48)
     e = sigma[..., None, None, None] * e
-    target, added = (plain_patches(t.flatten(0, 1), 4).view(6, 2, 16, 48) for t in (x + e if s.noisy_target else x, e))
+    images = x + e if s.noisy_target else x
+    target, added = (plain_patches(t.flatten(0, 1), 4).view(6, 2, 16, 48) for t in (images, e))
     if s.norm_pix:
         target = plain_norm_pix(target)
     for i in range(6):
         expected = torch.zeros(2).double()
         for v in range(2):
             keep, removed = noise[i, v].argsort().split([kept, 16 - kept])
-            same(y[i, v], model.f((x + e)[i, v][None], keep[None])[0, 1:].mean(0))
+            tokens = model.f((x + e)[i, v, None], keep[None])
+            same(y[i, v], tokens[0, 1:].mean(0))
             for k, (aim, places) in enumerate(((target, removed), (added, keep))):
                 squares = (aim[i, v, places] - x_hat[i, v, places]) ** 2
                 expected[k] += squares.mean() / 2 if len(places) else 0
@@ -2350,13 +2353,14 @@ def test_the_authors_can_is_their_ports():
     s, model = tiny_can(authors_model=True)
     x, noise, sigma, e = can_inputs(s)
     y, _, _ = model.encode(x, noise, sigma, e)
-    tokens = model.f((x + sigma[..., None, None, None] * e).flatten(0, 1), noise.flatten(0, 1).argsort(1)[:, :8])
+    x, noise, sigma, e = (t.flatten(0, 1) for t in (x, noise, sigma, e))
+    tokens = model.f(x + sigma[:, None, None, None] * e, noise.argsort(1)[:, :8])
     same(y.flatten(0, 1), tokens.mean(1))  # [CLS] too
     layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in model.projector]
     assert layers == [(16, 16), "ReLU", (8, 16)] and model.projector[0].bias is not None
-    z, ids_restore, sigma = normal(1, 1 + 8, 16), normal(1, 16).argsort(), torch.tensor([[0.2]]).double()
-    p = plain_level(model.level, sigma * 10000 ** (-torch.arange(64).double() / 63))
-    same(model.decode(z, ids_restore, sigma[0]), model.decoder(z + p, ids_restore))  # not to mask tokens
+    z, ids_restore = normal(12, 1 + 8, 16), normal(12, 16).argsort()
+    p = plain_level(model.level, sigma[:, None] * 10000 ** (-torch.arange(64).double() / 63))
+    same(model.decode(z, ids_restore, sigma), model.decoder(z + p[:, None], ids_restore))  # not to mask tokens
 
 
 CAN_DRAWS = dict(colour=[13], mask=[16], sigma=[])
@@ -2505,7 +2509,8 @@ def test_generalized_mean_lies_between_mean_and_maximum():
 def test_branch_is_the_appendixs():
     appendix = [(12, 6), *[(12, 12), (12,), "ReLU"] * 2]
     later = [(4096, 6), (4096,), "ReLU", (4096, 4096), (4096,), "ReLU", (128, 4096)]  # the authors' code
-    for how, expected in (({}, appendix), (dict(last=6), [*appendix, (6, 12)]), (dict(authors=True), later)):
+    variants = ({}, appendix), (dict(last=6), [*appendix, (6, 12)]), (dict(authors=True), later)
+    for how, expected in variants:
         projector = vicmae.Branch(6, "mean", **how).projector
         layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in projector]
         assert layers == expected
@@ -2607,8 +2612,8 @@ def test_cmae_settings_are_those_of_the_paper():
 def test_the_target_view_is_shifted_by_r_pixels_and_never_leaves_the_master_crop(p):
     size, steps = 20, torch.linspace(0, 1 - 2**-24, 33)
     noise = torch.cartesian_prod(steps, steps)  # both ends of [0, 1) too
-    master = torch.arange((size + p) ** 2).view(1, 1, size + p, size + p).repeat(len(noise), 3, 1, 1)  # pixels know their place
-    master += torch.arange(len(noise))[:, None, None, None]
+    places = torch.arange((size + p) ** 2).view(size + p, size + p)  # pixels that know where they are
+    master = places + torch.arange(len(noise))[:, None, None, None]
     I_s, I_t = cmae.pixel_shift(master, size, p, noise)
     assert torch.equal(I_s, master[:, :, :size, :size])
     shifts = [(math.floor(a * p), math.floor(b * p)) for a, b in noise.tolist()]
@@ -2625,7 +2630,9 @@ def test_views_have_the_papers_size_and_the_target_its_colours(flags, sizes):
     assert cmae.COLOUR == common.Colour(jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
 
-@pytest.mark.parametrize("grid, block, ratio, kept", [(14, 2, 0.65, 68), (6, 2, 0.65, 12), (6, 3, 0.5, 18), (4, 1, 0.75, 4)])
+@pytest.mark.parametrize(
+    "grid, block, ratio, kept", [(14, 2, 0.65, 68), (6, 3, 0.5, 18), (4, 1, 0.75, 4)]
+)
 def test_masking_in_blocks_removes_whole_blocks(grid, block, ratio, kept):
     rows, side = torch.arange(50), grid // block
     noise = uniform(("key", "mask"), rows, side, side)
@@ -2747,8 +2754,8 @@ def conv_vit():
 def test_no_pixel_of_a_removed_patch_reaches_a_visible_token_of_the_convolutional_stem():
     encoder, x = conv_vit(), normal(5, 3, 32, 32)
     ids = normal(5, 16).argsort(1)[:, :6]
-    removed = torch.ones(5, 16).scatter(1, ids, 0).view(5, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    other = x + 100 * removed * normal(5, 3, 32, 32, seed=1)
+    removed = torch.ones(5, 16).scatter(1, ids, 0).view(5, 1, 4, 4)
+    other = x + 100 * F.interpolate(removed, (32, 32)) * normal(5, 3, 32, 32, seed=1)
     assert torch.equal(encoder(x, ids), encoder(other, ids))
     same(encoder(x, torch.arange(16).expand(5, -1)), encoder(x))
 
@@ -2760,7 +2767,7 @@ def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_ze
     visible = torch.zeros(2, 16).scatter(1, ids, 1) if masked else torch.ones(2, 16)
 
     def hide(x):
-        return x * torch.kron(visible.view(2, 1, 4, 4), torch.ones(x.shape[2] // 4, x.shape[3] // 4))
+        return x * F.interpolate(visible.view(2, 1, 4, 4), x.shape[2:])
 
     def layer_norm(x, m):
         return F.layer_norm(x.movedim(1, -1), m.normalized_shape, m.weight, m.bias, 1e-5).movedim(-1, 1)
@@ -2777,12 +2784,14 @@ def test_the_convolutional_stem_is_that_of_plain_modules_with_removed_patches_ze
             a = F.conv2d(hide(a), block.conv.weight, block.conv.bias, padding=2, groups=a.shape[1])
             x = x + first * linear(a, block.proj)
             x = x + second * linear(F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
-    assert [d.kernel_size for d in stem.down] == [(2, 2)] * 3 and [len(s) for s in stem.stages] == [2, 2]
+    assert [d.kernel_size for d in stem.down] == [(2, 2)] * 3
+    assert [len(stage) for stage in stem.stages] == [2, 2]
     same(stem(image, ids if masked else None, drop), linear(x, stem.fc).flatten(2).transpose(1, 2))
 
 
 def test_drop_path_of_the_hybrid_begins_in_its_stem():
-    encoder, x, drop = conv_vit(), normal(2, 3, 32, 32), 2 * uniform(("drop",), torch.arange(2), 7, 2).double()
+    encoder, x = conv_vit(), normal(2, 3, 32, 32)
+    drop = 2 * uniform(("drop",), torch.arange(2), 7, 2).double()
     tokens = encoder.embed(x, drop=drop[:, :4])
     for block, factors in zip(encoder.blocks, drop[:, 4:].unbind(1)):
         tokens = block(tokens, factors)
@@ -2850,6 +2859,17 @@ def percent_of_file(file, images):
     return percent_right(*protocols.outputs(protocols.load_classifier(file), images, 32, CPU))
 
 
+def evaluated(folder, protocol, *flags, data=None):
+    """A protocol of eval.py on a small encoder in `folder`, in 4 steps an epoch: its JSON, and what it printed."""
+    data = data or (coloured(16), coloured(12))
+    folder.mkdir(exist_ok=True)
+    common.save_encoder(folder / "encoder.pt", vit().float())
+    argv = protocol, "--batch 4 --workers 0 --precision float32 --encoder", folder / "encoder.pt", *flags
+    with mock.patch.object(protocols, "load_splits", lambda *args, **how: data):
+        printed = main(*argv, program=protocols)
+    return json.loads((folder / f"{protocol}.json").read_text()), printed
+
+
 def knn_points():
     """Three overlapping classes: train features and labels, test features and labels (an odd number)."""
     y = torch.arange(481) % 3
@@ -2893,8 +2913,8 @@ def test_features_are_those_of_each_image_alone_in_order():
     for n, pixels in enumerate(images.pixels):
         image = common.augment(pixels[None])
         same(x[n], encoder(image)[0, 1:].mean(0), 1e-5)
-        expected = [torch.cat([tokens[0, 0], tokens[0, 1:].mean(0)]) for tokens in encoder(image, blocks=[1, 3])]
-        same(of_blocks[n], torch.stack(expected), 1e-5)
+        for found, tokens in zip(of_blocks[n], encoder(image, blocks=[1, 3])):
+            same(found, torch.cat([tokens[0, 0], tokens[0, 1:].mean(0)]), 1e-5)
     assert torch.equal(y, images.labels) and not x.requires_grad
 
 
@@ -2903,11 +2923,13 @@ def test_an_unreadable_image_is_evaluated_as_the_one_in_its_place(tmp_path):
     files[1].write_bytes(files[1].read_bytes()[:200])
     machine = Machine(CPU.device)
     x, y = protocols.features(vit().float(), Images(torch.arange(4), list("abcd"), files=files), machine)
-    assert y.tolist() == [0, 2, 2, 3] and torch.equal(x[1], x[2]) and machine.unreadable == {str(files[1]): 1}
+    assert y.tolist() == [0, 2, 2, 3] and torch.equal(x[1], x[2])
+    assert machine.unreadable == {str(files[1]): 1}
 
 
 def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(monkeypatch):
-    job, train, val, ks = protocols.Job(vit().float(), Path("encoder.pt"), "", CPU), coloured(48), coloured(200), [1, 3, 30]
+    job, ks = protocols.Job(vit().float(), Path("encoder.pt"), "", CPU), [1, 3, 30]
+    train, val = coloured(48), coloured(200)
     monkeypatch.setattr(protocols, "load_splits", lambda *args, **how: (train, val))
     found = partial(protocols.run_knn, job, k=ks)
 
@@ -2922,7 +2944,7 @@ def test_knn_of_the_last_blocks_is_of_their_features_side_by_side(monkeypatch):
     assert per_block == [expected(block, standardize=True)["knn"] for block in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("sets, lars", [({"": 5}, False), (dict(a=3, b=2), False), (dict(a=3, b=2), True)])
+@pytest.mark.parametrize("sets, lars", [({"": 5}, False), (dict(a=3, b=2), True)])
 def test_probes_side_by_side_are_probes_of_each_set_and_rate(sets, lars):
     x, y, lrs = normal(60, 5).float(), torch.arange(60) % 3, (0.002, 40.0)
     x[:, :3] += F.one_hot(y, 3)  # a is the better set
@@ -2962,23 +2984,17 @@ def test_top5_is_scikit_learns():
     assert protocols.top5(logits[:, :5], y % 5) == {} == protocols.top5(logits, torch.ones(200, 9))
 
 
-@pytest.mark.parametrize("protocol", ["probe", "finetune", "video"])
-def test_top5_stands_beside_top1_where_there_are_more_than_five_classes(protocol, tmp_path):
+@pytest.mark.parametrize("protocol, file", [("probe", "probe.pt"), ("finetune", "finetuned.pt"), ("video", "")])
+def test_top5_stands_beside_top1_where_there_are_more_than_five_classes(protocol, file, tmp_path):
     images = image_set(32, 32, "abcdefgh")
     videos = common.Videos(images.labels, images.classes, pixels=images.pixels[:, None])
-    common.save_encoder(tmp_path / "encoder.pt", vit().float())
-    argv = protocol, "--batch 8 --epochs 2 --workers 0 --precision float32 --encoder", tmp_path / "encoder.pt"
-    with mock.patch.object(protocols, "load_splits", lambda *args, load=None, **how: [videos if load else images] * 2):
-        main(*argv, *["--frames", "1"] * (protocol == "video"), program=protocols)
-    found = json.loads((tmp_path / f"{protocol}.json").read_text())
-    if protocol == "video":
-        assert found[protocol] <= found["top5"] < 100
-        return
-    name = dict(probe="probe.pt", finetune="finetuned.pt")[protocol]
-    logits, y = protocols.outputs(protocols.load_classifier(tmp_path / name), images, 32, CPU)
-    of_five = (logits.topk(5).indices == y[:, None]).any(1)
-    assert found["top5"] == pytest.approx(100 * of_five.double().mean().item())
-    assert found[protocol] == pytest.approx(percent_right(logits, y))
+    flags, data = ("--frames 1", videos) if protocol == "video" else ("", images)
+    found, _ = evaluated(tmp_path, protocol, f"--batch 8 --epochs 2 {flags}", data=(data, data))
+    assert found[protocol] <= found["top5"] < 100
+    if file:
+        logits, y = protocols.outputs(protocols.load_classifier(tmp_path / file), images, 32, CPU)
+        of_five = (logits.topk(5).indices == y[:, None]).any(1)
+        assert found["top5"] == pytest.approx(100 * of_five.double().mean().item())
 
 
 def test_the_best_epoch_of_a_probe_is_that_of_shorter_looks_at_it():
@@ -3070,7 +3086,8 @@ def test_the_best_probe_is_written_as_a_classifier_of_its_features(recipe, last,
     train, val = coloured(48), coloured(40)
     with mock.patch.object(protocols, "batches", wraps=protocols.batches) as batches:
         result, classifier = protocols.linear_probe(encoder, train, val, Run(CPU), recipe, 3, 16, last, pool)
-    assert batches.call_args.args[1:5] == ([View(32, (0.08, 1.0), recipe not in ("lars", "vicmae"))], 16, 0, 9)
+    view = View(32, (0.08, 1.0), flip=recipe not in ("lars", "vicmae"))
+    assert batches.call_args.args[1:5] == ([view], 16, 0, 9)
     classifier.save(tmp_path / "probe.pt")
     assert percent_of_file(tmp_path / "probe.pt", val) == pytest.approx(result["probe"], abs=1e-4)
     assert result["probe"] > 30  # chance is 25
@@ -3082,7 +3099,8 @@ def test_augmented_batches_are_features_of_crops():
     encoder, images, training = vit().float(), coloured(12), common.Training(Run(CPU), "", {}, 12, 4, 2)
     training.step = 1
     found = protocols.augmented_batches(encoder, images, View(32), training)
-    for (x, y), data in zip(found, common.batches(images, [View(32)], 4, 1, 6, 0, CPU), strict=True):
+    expected = common.batches(images, [View(32)], 4, 1, 6, 0, CPU)
+    for (x, y), data in zip(found, expected, strict=True):
         assert torch.equal(y, data.labels)
         same(x, encoder(common.augment(data.views[0])), 1e-5)
 
@@ -3097,9 +3115,9 @@ def tuned_by_loop(encoder, images, s):
     learning = {0: "head", 1: ("head", "norm", "blocks.2")}.get(s.blocks, "")
     for name, p in tuned.named_parameters():
         p.requires_grad_(name.startswith(learning) and (name != "pos_embed" or s.positions and s.blocks < 0))
-    peak, accuracies = s.lr * 8 / 256, []
+    peak, end, accuracies = s.lr * 8 / 256, s.min_lr, []
     optimizer = plain_adamw((tuned, peak, s.weight_decay, s.layer_decay), betas=(0.9, 0.999))
-    of_steps = [peak / 3, peak * 2 / 3, peak, *(s.min_lr + (peak - s.min_lr) * factor for factor in (1, 0.75, 0.25))]
+    of_steps = [peak / 3, peak * 2 / 3, peak, peak, *(end + (peak - end) * factor for factor in (0.75, 0.25))]
     for step, data in enumerate(common.batches(images, [View(32, (0.08, 1.0))], 8, 0, 6, s.seed, CPU)):
         x, target = protocols.regularize(data, step, 4, s)
         loss = 0
@@ -3131,7 +3149,9 @@ PLAIN = protocols.CROP_FLIP | dict(drop_path=0.0, label_smoothing=0.0)
 EVERY = dict(drop_path=0.4, erasing=0.6, weight_decay=0.2, micro_batch=4, min_lr=1e-3, positions=True)  # beside the defaults
 
 
-@pytest.mark.parametrize("blocks, pool, how", [(0, "mean", PLAIN), (1, "mean", PLAIN), (3, "mean", PLAIN), (-1, "cls", EVERY)])
+@pytest.mark.parametrize(
+    "blocks, pool, how", [(0, "mean", PLAIN), (1, "mean", PLAIN), (3, "mean", PLAIN), (-1, "cls", EVERY)]
+)
 def test_fine_tuning_is_a_loop_over_images_with_every_regulariser_where_it_belongs(blocks, pool, how, in_float64):
     encoder, images = vit(pool=pool), coloured(32)
     before = copy.deepcopy(encoder.state_dict())
@@ -3199,8 +3219,8 @@ def test_operations_of_randaugment_are_timms(name):
             with mock.patch("random.random", lambda: number):
                 expected.append(tv.pil_to_tensor(timms(common.to_pil(x))).int())
         found = [protocols.RAND_AUGMENT[name](x, sign * timms.magnitude / 10).int() for sign in (1, -1)]
-        either = (expected, expected[::-1])  # signs may be others
-        far = min((torch.stack(found) - torch.stack(pair)).abs().gt(2).float().mean() for pair in either)
+        differences = [torch.stack(found) - torch.stack(expected[::order]) for order in (1, -1)]  # signs may be others
+        far = min(difference.abs().gt(2).float().mean() for difference in differences)
         moves = name.startswith(("rotate", "shear", "translate"))  # PIL does not blend the fill into the image
         assert far < (0.03 if moves else 1e-3), (timms.magnitude, far)
 
@@ -3225,18 +3245,19 @@ def test_an_image_gets_what_its_seed_step_and_row_say_in_the_order_of_maes_code(
     pixels = pictures(4, 32, 32)
     found, target = protocols.regularize(common.Batch([pixels], rows, rows - 2, rows, 0), 7, 4, s)
     assert torch.equal(torch.get_rng_state(), before)
-    x = []
+    x, erase = [], transforms.RandomErasing(0.9, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")
     for row, image in zip(rows.tolist(), pixels):
         image = protocols.rand_augment(image, random.Random(repr((3, 7, "randaugment", row))), 2, 9.0)
         dice = random.Random(repr((3, 7, "erasing", row)))
         with torch.random.fork_rng():
             torch.manual_seed(dice.getrandbits(63))
-            x.append(transforms.RandomErasing(0.9, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(common.augment(image[None])[0]))
-    mixed = protocols.mix(torch.stack(x), torch.eye(4)[rows - 2], uniform((3, 7, "mix"), rows // 2, 4), s)
+            x.append(erase(common.augment(image[None])[0]))
+    noise = uniform((3, 7, "mix"), rows // 2, 4)
+    mixed = protocols.mix(torch.stack(x), torch.eye(4)[rows - 2], noise, s)
     assert torch.equal(found, mixed[0]) and torch.equal(target, mixed[1])
 
 
-@pytest.mark.parametrize("mixup, cutmix", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.3, 0.5)])
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.3, 0.5)])
 def test_mixup_and_cutmix_mix_neighbours_and_their_labels(mixup, cutmix):
     s = protocols.FineTuning(mixup=mixup, cutmix=cutmix)
     x, target = normal(40, 3, 16, 16), F.one_hot(torch.arange(40) % 7, 7).double()
@@ -3262,16 +3283,6 @@ def test_mixup_and_cutmix_mix_neighbours_and_their_labels(mixup, cutmix):
     assert len(kinds) == 1 + (mixup > 0 and cutmix > 0)
 
 
-def evaluated(folder, protocol, *flags):
-    """A protocol of eval.py on a small encoder in `folder`, in 4 steps an epoch: its JSON, and what it printed."""
-    folder.mkdir(exist_ok=True)
-    common.save_encoder(folder / "encoder.pt", vit().float())
-    argv = protocol, "--batch 4 --workers 0 --precision float32 --encoder", folder / "encoder.pt", *flags
-    with mock.patch.object(protocols, "load_splits", lambda *args, **how: (coloured(16), coloured(12))):
-        printed = main(*argv, program=protocols)
-    return json.loads((folder / f"{protocol}.json").read_text()), printed
-
-
 def test_a_tuned_classifier_is_read_again_with_its_accuracy(tmp_path):
     result, printed = evaluated(tmp_path, "finetune", "--recipe mae --epochs 2 --lr 0.3")
     assert result["settings"]["lr"] == 0.3 and result["images"] == 16
@@ -3295,7 +3306,8 @@ def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp
             job.close_run()
     assert result["finetune"] == pytest.approx(np.mean(result["by_split"])) and len(result["by_split"]) == 2
     listed, share, other, again = (call.args[0] for call in batches.call_args_list)
-    assert other.labels.tolist() == again.labels.tolist() == [0, 0, 1, 1] and other.files.tolist() != again.files.tolist()
+    assert other.labels.tolist() == again.labels.tolist() == [0, 0, 1, 1]
+    assert other.files.tolist() != again.files.tolist()
     assert ["/".join(listed.name(i).split("/")[-2:]) for i in range(4)] == names
     assert share.labels.tolist() == [0, 0, 1, 1] and share.files.tolist() != other.files.tolist()
 
@@ -3318,9 +3330,10 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bits(tmp_path, protocol, file,
     with mock.patch.object(common.Training, "take_step", stop), pytest.raises((KeyboardInterrupt, SystemExit)):
         evaluated(broken, protocol, flags)
     assert next(steps) == 6 and not (broken / file).exists()
-    for more, remedy in (("", "holds a run that was stopped: add --resume"), ("--batch 8 --resume", "leave --resume out, or see")):
-        with pytest.raises(InputError, match=remedy):
-            evaluated(broken, protocol, flags, *[more] * bool(more))
+    with pytest.raises(InputError, match="holds a run that was stopped: add --resume"):
+        evaluated(broken, protocol, flags)
+    with pytest.raises(InputError, match="leave --resume out, or see"):
+        evaluated(broken, protocol, flags, "--batch 8 --resume")
     with mock.patch.object(common.Training, "take_step", autospec=True, side_effect=take_step) as resumed:
         found, _ = evaluated(broken, protocol, flags, "--resume")
     assert resumed.call_count == (6 if told else 8)
@@ -3406,8 +3419,8 @@ def test_kmeans_starts_are_as_good_as_scikit_learns_and_differ():
 
     x = gaussian_clusters(400, 8, 20, 0.5)
     starts = protocols.kmeans_plus_plus(x, 20, 50, torch.float32, 0)
-    theirs = [torch.from_numpy(kmeans_plusplus(x.numpy(), 20, random_state=i)[0]) for i in range(50)]
-    loss, their_loss = (sum(torch.cdist(x, c).amin(1).square().sum() for c in all) for all in (x[starts], theirs))
+    theirs = np.stack([kmeans_plusplus(x.numpy(), 20, random_state=i)[1] for i in range(50)])
+    loss, their_loss = (torch.cdist(x, x[chosen]).amin(-1).square().sum() for chosen in (starts, theirs))
     assert loss < 1.03 * their_loss and len(starts.unique(dim=0)) == 50
 
 
@@ -3444,14 +3457,15 @@ def test_classes_of_a_file_are_clustered_alone(tmp_path):
             protocols.of_classes(images, names)
 
 
-def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest_and_names_rows(tmp_path):
+def test_a_drawn_matrix_is_darkest_where_its_row_is_fullest_and_names_rows_and_columns(tmp_path):
     protocols.draw_matrix(tmp_path / "m.png", np.array([[9, 1], [0, 4]]), ["one", "name of 24 letters or more"])
     found = np.array(Image.open(tmp_path / "m.png")).astype(int).sum(-1)
     left = found.shape[1] - 320
     (most, little), (none, everything) = found[16:336, left:][np.ix_([40, 200], [40, 200])]
     assert everything < most < little < none == 3 * 255
-    short, long = ((half < 300).any(0).nonzero()[0] for half in found[16:336, :left].reshape(2, 160, -1))
-    assert 0 < np.ptp(short) < 40 < 120 < np.ptp(long) < left
+    for beside in (found[16:336, :left], found[336 : 336 + left, left:].T):  # in the direction of reading
+        short, long = ((half < 300).any(0).nonzero()[0] for half in beside.reshape(2, 160, -1))
+        assert 0 < np.ptp(short) < 40 < 120 < np.ptp(long) < left
     many = np.eye(200, dtype=int)
     protocols.draw_matrix(tmp_path / "m.png", many, range(200))
     found = np.array(Image.open(tmp_path / "m.png")).astype(int).sum(-1)
