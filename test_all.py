@@ -8,7 +8,7 @@ differences, one process against two, a killed run against an unbroken one.
     python test_all.py bench ranks               # ratios of alternating runs; also: plain, list, eval, attention, step
     python test_all.py bench input FOLDER        # images a second of one worker
 
-"Equal" is max|a - b| / max|b| of a tensor (`error`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
+"Equal" is max|a - b| / max|b| of a tensor (`error`, `assert_equal`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
 """
 
 import argparse
@@ -606,10 +606,10 @@ def test_eight_heads_have_the_collectives_of_one(two):
         assert found["collectives"][0] == found["collectives"][1] > 0
 
 
-EVALUATIONS = ["features", "knn", "probe", "lars", "kmeans", "finetune", "reconstruction", "colorhist", "invariance"]
+EVALUATIONS = "features knn probe lars kmeans finetune reconstruction colorhist invariance segment transfer video"
 
 
-@pytest.mark.parametrize("name", [*EVALUATIONS, "segment", "transfer", "video"])
+@pytest.mark.parametrize("name", EVALUATIONS.split())
 def test_two_processes_evaluate_as_one(two, name):
     for found in two[1]:
         torch.testing.assert_close(found[name], two[0][name], rtol=1e-9, atol=1e-12)
@@ -963,13 +963,18 @@ def test_reconstruction_shows_visible_patches_and_predictions():
 # ------------------------------------------------------------------------------------------- heads, InfoNCE, queue, EMA
 
 
+def layers_of(sequence):
+    """Shapes of the weights of its modules, names of those that have none."""
+    return [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in sequence]
+
+
 def test_projector_and_predictor_are_those_of_A2():
     head = mae_ct.NNCLRHead(1024, queue=8)
-    norm = [(2048,), (2048,)]
-    g = [(2048, 1024), *norm, (2048, 2048), *norm, (256, 2048), (256,), (256,)]
-    assert [p.shape for p in head.g.parameters()] == g
-    assert [p.shape for p in head.h.parameters()] == [(4096, 256), (4096,), (4096,), (256, 4096)]
-    assert not any(p.requires_grad for p in head.g_m.parameters())
+    norm = [(2048,), "ReLU"]
+    assert layers_of(head.g) == [(2048, 1024), *norm, (2048, 2048), *norm, (256, 2048), (256,)]
+    assert layers_of(head.h) == [(4096, 256), (4096,), "ReLU", (256, 4096)]
+    linear = head.g[0], head.g[3], head.g[6], head.h[0], head.h[3]
+    assert not any(p.requires_grad for p in head.g_m.parameters()) and {m.bias for m in linear} == {None}
 
 
 @pytest.mark.parametrize("eps, last_norm", [(1e-5, False), (1e-2, True)])
@@ -2260,11 +2265,9 @@ def test_loss_weights_sum_to_1(lambda_infonce, lam):
     assert rec * (1 - lam) == pytest.approx(denoise * lam, abs=1e-15)
 
 
-def tiny_can(method="can", **changes):
+def tiny_can(flags="--lambda_infonce 0.3 --sigma_max 0.5"):
     """Settings and model of 16 patches, of float64."""
-    given = dict(model="vit_nano4", image_size=16, batch=128, epochs=1, lambda_infonce=0.3, sigma_max=0.5, workers=0)
-    given |= dict(projector_hidden=16, projector_dim=8, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-    s = can.Settings(**given | can.METHODS[method] | changes)
+    s = recipe(can, f"{TINY[can]} --model vit_nano4 --batch 128 --epochs 1 --warmup_epochs 0 {flags}")
     with mock.patch.dict(common.VIT_SIZES, nano=(16, 2, 2)):
         return s, randomized(can.new_model(s))
 
@@ -2282,18 +2285,17 @@ def test_can_contrast_is_nt_xent_of_both_views_in_one_batch_norm():
     y = normal(6, 2, 16)
     loss, log = model.objective(y)
     projector = plain_head(model.projector)
-    assert [m.weight.shape for m in projector[::3]] == [(16, 16), (16, 16), (8, 16)]
-    assert len(projector) == 7  # two hidden layers with BatchNorm and ReLU, none behind the last
+    assert layers_of(projector) == [(16, 16), (16,), "ReLU"] * 2 + [(8, 16)]
     u = projector(y.transpose(0, 1).flatten(0, 1))  # views one after the other
     expected = common.nt_xent(*F.normalize(u, dim=1).chunk(2), 0.1)
     assert_equal(log["infonce"], expected)
     assert_equal(loss, 0.3 * expected)
 
 
-@pytest.mark.parametrize("variant", [{}, {"noisy_target": True}, {"norm_pix": True}, {"mask_ratio": 0.0}])
+@pytest.mark.parametrize("variant", ["", "--noisy_target", "--norm_pix", "--mask_ratio 0"])
 def test_can_losses_are_loops_over_the_formulas(variant):
     """Removed patches have the clean (or noisy) view as target, kept ones sigma e."""
-    s, model = tiny_can(**variant)
+    s, model = tiny_can(f"--lambda_infonce 0.3 --sigma_max 0.5 {variant}")
     x, noise, sigma, e = can_inputs(s)
     with mock.patch.object(model, "decode", side_effect=model.decode) as decode:
         y, rec, denoise = model.encode(x, noise, sigma, e)
@@ -2319,7 +2321,7 @@ def test_can_losses_are_loops_over_the_formulas(variant):
 
 
 def test_mae_by_settings_is_maes_loss():
-    s, model = tiny_can("mae")
+    s, model = tiny_can("--methods mae")
     x, noise, sigma, e = can_inputs(s)
     _, rec, denoise = model.encode(x, noise, sigma, e)
     ids_keep, ids_restore, mask = common.random_masking(noise[:, 0], 0.75)
@@ -2330,7 +2332,7 @@ def test_mae_by_settings_is_maes_loss():
 
 
 def test_simclr_pays_for_no_decoder_and_sees_full_views():
-    s, model = tiny_can("simclr")
+    s, model = tiny_can("--methods simclr")
     assert model.decoder is None and model.level is None
     x, *others = can_inputs(s)
     y, rec, denoise = model.encode(x, *others)
@@ -2356,21 +2358,20 @@ def test_level_embedding_is_sinusoids_and_an_mlp():
 
 def test_the_level_reaches_every_token_mask_tokens_included():
     z, ids_restore, sigma = normal(1, 1 + 8, 16), normal(1, 16).argsort(), torch.tensor([0.2]).double()
-    for flags in ({}, dict(level_embedding=False)):
-        _, model = tiny_can(**flags)
+    for flags in ("", "--no_level_embedding"):
+        _, model = tiny_can(flags)
         p = None if flags else model.level(sigma)
         assert torch.equal(model.decode(z, ids_restore, sigma), model.decoder(z, ids_restore, p))
 
 
 def test_the_authors_can_is_their_ports():
-    s, model = tiny_can(authors_model=True)
+    s, model = tiny_can("--authors_model")
     x, noise, sigma, e = can_inputs(s)
     y, _, _ = model.encode(x, noise, sigma, e)
     x, noise, sigma, e = (t.flatten(0, 1) for t in (x, noise, sigma, e))
     tokens = model.f(x + sigma[:, None, None, None] * e, noise.argsort(1)[:, :8])
     assert_equal(y.flatten(0, 1), tokens.mean(1))  # [CLS] too
-    layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in model.projector]
-    assert layers == [(16, 16), "ReLU", (8, 16)] and model.projector[0].bias is not None
+    assert layers_of(model.projector) == [(16, 16), "ReLU", (8, 16)] and model.projector[0].bias is not None
     z, ids_restore = normal(12, 1 + 8, 16), normal(12, 16).argsort()
     p = plain_level(model.level, sigma[:, None] * 10000 ** (-torch.arange(64).double() / 63))
     assert_equal(model.decode(z, ids_restore, sigma), model.decoder(z + p[:, None], ids_restore))  # not to mask tokens
@@ -2518,8 +2519,7 @@ def test_branch_is_the_appendixs():
     variants = ({}, appendix), (dict(last=6), [*appendix, (6, 12)]), (dict(authors=True), later)
     for how, expected in variants:
         projector = vicmae.Branch(6, "mean", **how).projector
-        layers = [tuple(m.weight.shape) if hasattr(m, "weight") else type(m).__name__ for m in projector]
-        assert layers == expected
+        assert layers_of(projector) == expected
     bound = math.sqrt(6 / (4096 + 128))  # xavier's
     assert 0.99 * bound < projector[-1].weight.abs().max() <= bound and not projector[-1].bias.any()
     tokens = normal(2, 5, 6)
