@@ -8,7 +8,8 @@ differences, one process against two, a killed run against an unbroken one.
     python test_all.py bench ranks               # ratios of alternating runs; also: plain, list, eval, attention, step
     python test_all.py bench input FOLDER        # images a second of one worker
 
-"Equal" is max|a - b| / max|b| of a tensor (`error`, `assert_equal`): 1e-10 in float64, 1e-5 in float32, unless a test says otherwise.
+"Equal" is max|a - b| / max|b| of a tensor (`error`, `assert_equal`): 1e-10 in float64, 1e-5 in float32, unless a test
+says otherwise.
 """
 
 import argparse
