@@ -68,7 +68,7 @@ from common import (
     BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, RunSettings, Share, Training, View, Whole, adamw,
     augment, augment_views, backward, check_batch, check_masking, draw_rows, init_encoder, init_weights, launch, load_splits,
     masked_mean, mlp_head, model_size, need, new_decoder, new_encoder, normal, normalize, normalize_patches, nt_xent,
-    open_run, parameter_groups, parse_settings, patchify, promote, random_masking, rank, save_encoder, set_lr,
+    open_run, parameter_groups, parse_settings, patchify, promote, random_masking, save_encoder, set_lr,
     start_machine, to_bytes, uniform, unnormalize_patches, unpatchify, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate
@@ -430,7 +430,7 @@ def main(argv):
             init_encoder(model.f, path)
         else:
             pretrain(run, method, model, train, own)
-            if rank() == 0 and not s.cost:
+            if not s.cost:
                 save_encoder(path, model.f)
                 if s.methods.startswith(method):
                     save_encoder(run.folder / "encoder.pt", model.f)

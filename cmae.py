@@ -56,7 +56,7 @@ from common import (
     BatchSize, Colour, Count, Fraction, FromMinusOne, Number, Positive, Ratio, Run, RunSettings, Share, Training, View,
     Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce,
     init_encoder, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run,
-    parameter_groups, parse_settings, random_masking, rank, reconstruction_rows, save_encoder, set_lr, start_machine,
+    parameter_groups, parse_settings, random_masking, reconstruction_rows, save_encoder, set_lr, start_machine,
     to_bytes, uniform, warmup_cosine, without_gradient, world,
 )  # fmt: skip
 from eval import FineTuning, check_tuning, evaluate, finetune, recipe
@@ -359,12 +359,11 @@ def main(argv):
             init_encoder(online.F_s, path)
         else:
             pretrain(run, method, online, target, train, s.lambda_c if method == "cmae" else 0.0)
-            if rank() == 0:
-                save_encoder(path, online.F_s)
+            save_encoder(path, online.F_s)
         if val and method not in run.results:
             tuned, _ = finetune(online.F_s, train, val, Run(machine), last_block(s, online.F_s.dim))
             run.report(method, evaluate(online.F_s, train, val, machine) | dict(finetune=tuned["finetune"]))
-    if rank() == 0 and not s.cost:
+    if not s.cost:
         picture(run.folder / "views.png", online, val or train, s, machine)
     run.close()
 

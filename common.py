@@ -2424,7 +2424,7 @@ def open_run(settings, machine, command=None):
         before = read_json(folder / "config.json", "restore it, or start a new run")
         changes = {name: config[name] for name in REMEDIES if name in config and config[name] != before.get(name)}
     run = Run(machine, settings, folder, changes, command or [sys.argv[0], "--out", str(folder), "--resume"])
-    if rank() == 0 and (changes or not settings.resume):
+    if changes or not settings.resume:
         write_atomic(folder / "config.json", to_json(config | dict(made_by=made_by(machine))))
     if world() > 1:
         dist.barrier()
@@ -2487,7 +2487,7 @@ class Run:
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
         self.results[name] = values
-        if rank() == 0 and self.folder:
+        if self.folder:
             write_atomic(self.folder / "results.json", to_json(self.results))
 
     def take_checkpoint(self, stage, state, count):
@@ -2513,7 +2513,7 @@ class Run:
                 odd = [key for key, v in part.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
                 need(not odd, f"after step {step} of {stage} weights are not finite ({name}: {', '.join(odd[:3])}); the "
                               f"checkpoint before is kept in {self.folder}")  # fmt: skip
-        if rank() == 0:
+        if rank() == 0:  # which alone has the state of a ZeroOptimizer
             states = {name: part.state_dict() for name, part in state.items()}
             content = dict(stage=stage, step=step, count=count, finished=self.finished, state=states)
             save_file(self.folder / "last.pt", content, keep=self.folder / "previous.pt")
@@ -3207,12 +3207,14 @@ def writing(path):
 
 
 def write_atomic(path, data, keep=None):
-    """Writes bytes so that `path` holds the old or the new content, whatever happens.
+    """Writes bytes so that `path` holds the old or the new content, whatever happens; on rank 0 alone.
 
     Args:
         data: bytes, or a function that writes them to the open file it is given.
         keep: where the old content goes; at every moment a whole file has one of the two names.
     """
+    if rank() > 0:
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     with writing(path):

@@ -80,7 +80,7 @@ from common import (
     BYOL, VIT_SIZES, BatchSize, Count, Fraction, Number, Positive, Queue, Ratio, RunSettings, Share, Training, View, Whole,
     adamw, augment, augment_views, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce, launch,
     load_encoder, load_file, load_splits, load_state, mae_loss, mlp_head, model_size, need, new_decoder, new_encoder,
-    normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, rank, reconstruction_rows,
+    normalize, open_run, parameter_groups, parse_settings, pretrain_mae, random_masking, reconstruction_rows,
     save_encoder, save_file, set_lr, start_machine, tell_proportions, uniform, warmup_cosine, without_gradient,
 )  # fmt: skip
 from eval import center_views, evaluate, features
@@ -416,7 +416,7 @@ def main(argv):
     if "combined" in s.stages:
         combined_pretraining(run, encoder, decoder, head, train)
     before = "combined" if "combined" in s.stages else "mae"
-    if rank() == 0 and not untuned.exists():
+    if not untuned.exists():
         save_encoder(untuned, encoder)
         if before in s.stages and not s.cost:
             picture_reconstruction(run.folder / "reconstruction.png", encoder, decoder, val or train, s, machine)
@@ -430,20 +430,18 @@ def main(argv):
         contrastive(run, "head", encoder, head, train, epochs=s.head_epochs, lr=0.0, head_lr=s.head_lr,
                     frozen=encoder.depth, temperature=s.head_temperature, k=1, projector_ema=0.0)  # fmt: skip
     has_head = "head" in s.stages or "combined" in s.stages
-    if has_head and rank() == 0 and not (run.folder / "head.pt").exists():
+    if has_head and not (run.folder / "head.pt").exists():
         save_file(run.folder / "head.pt", head.state_dict())
     if "ct" in s.stages:
         encoder = contrastive(run, "ct", encoder, head, train, epochs=s.epochs, lr=s.lr, head_lr=s.ct_head_lr,
                               frozen=s.frozen, temperature=s.temperature, k=s.k, projector_ema=s.projector_ema)  # fmt: skip
         if val and "mae_ct" not in run.results:
             run.report("mae_ct", evaluate(encoder, train, val, machine))
-    if rank() == 0:
-        save_encoder(run.folder / "encoder.pt", encoder)
+    save_encoder(run.folder / "encoder.pt", encoder)
     if val and "ct" in s.stages:
         x_before, _ = features(load_encoder(untuned).to(machine.device), val, machine)
         x_after, _ = features(encoder, val, machine)
-        if rank() == 0:
-            picture_retrieval(run.folder / "retrieval.png", x_before, x_after, val, s, machine)
+        picture_retrieval(run.folder / "retrieval.png", x_before, x_after, val, s, machine)
     run.close()
 
 

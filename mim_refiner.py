@@ -469,7 +469,7 @@ def main(argv):
     if decoder:
         pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr,
                      warmup_epochs=s.mae_warmup_epochs)  # fmt: skip
-        if rank() == 0 and not s.cost and not (run.folder / "mae.pt").exists():
+        if not s.cost and not (run.folder / "mae.pt").exists():
             save_encoder(run.folder / "mae.pt", encoder)
     report(run, s.mim, encoder, train, val)
 
@@ -482,10 +482,10 @@ def main(argv):
     if s.temperatures:  # to compare: losses and nn_accuracy of each in log.jsonl
         return run.close()
     encoder = contrast(run, "refine", *both, epochs=s.epochs, lr=s.lr, frozen=s.frozen, k=s.k)
-    if rank() == 0 and not s.cost:
+    if not s.cost:
         save_encoder(run.folder / "encoder.pt", encoder)
     report(run, "mim_refiner", encoder, train, val)
-    if val and rank() == 0:
+    if val:
         depth = range(1, encoder.depth + 1)
         curves = {name: (depth, row["knn_per_block"]) for name, row in run.results.items()}
         draw_curves(run.folder / "knn_per_block.png", curves, "block", "k-NN accuracy / %", marked={"a head": blocks})

@@ -50,7 +50,7 @@ from common import (
     BatchNorm, BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training,
     View, Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, gather, init_encoder,
     init_weights, launch, load_splits, load_videos, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize,
-    nt_xent, open_run, parameter_groups, parse_settings, print0, promote, random_masking, rank, reconstruction_rows,
+    nt_xent, open_run, parameter_groups, parse_settings, print0, promote, random_masking, reconstruction_rows,
     save_encoder, set_lr, start_machine, uniform, warmup_cosine, world,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
@@ -353,13 +353,12 @@ def main(argv):
             init_encoder(encoder, path)
         else:
             pretrain(run, method, encoder, decoder, branch, train)
-            if rank() == 0 and not s.cost:
+            if not s.cost:
                 save_encoder(path, encoder)
                 picture_pairs(path.with_suffix(".png"), encoder, decoder, train, run)
         if method not in run.results and not s.cost:
             report(run, method, encoder, images, videos)
-    if rank() == 0:
-        save_encoder(run.folder / "encoder.pt", encoder)  # the last method's
+    save_encoder(run.folder / "encoder.pt", encoder)  # the last method's
     run.close()
 
 
