@@ -2495,7 +2495,6 @@ class Run:
         if not self.checkpoint or self.checkpoint["stage"] != stage:
             return 0
         path, saved = self.folder / "last.pt", self.checkpoint
-        need(state.keys() == saved["state"].keys(), f"{path} is a checkpoint of another program")
         need(saved["count"] == count,
              f"{path} is of a training with {saved['count']} samples, now there are {count}: restore the data, "
              "or start a new run")  # fmt: skip
@@ -2510,7 +2509,7 @@ class Run:
             if isinstance(part, ZeroOptimizer):
                 part.consolidate_state_dict()  # on rank 0
             if isinstance(part, nn.Module):
-                odd = [key for key, v in part.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+                odd = not_finite(part.state_dict())
                 need(not odd, f"after step {step} of {stage} weights are not finite ({name}: {', '.join(odd[:3])}); the "
                               f"checkpoint before is kept in {self.folder}")  # fmt: skip
         if rank() == 0:  # which alone has the state of a ZeroOptimizer
@@ -2550,9 +2549,7 @@ def read_checkpoint(folder):
         return None
     try:
         content = load_file(path)
-        kinds = dict(stage=str, step=int, count=int, finished=list, state=dict)
-        whole = isinstance(content, dict) and content.keys() == kinds.keys()
-        whole = whole and all(type(content[name]) is kind for name, kind in kinds.items())
+        whole = isinstance(content, dict) and content.keys() == {"stage", "step", "count", "finished", "state"}
         need(whole, f"{path} is no checkpoint of a run")
         return content
     except InputError as e:
@@ -2570,7 +2567,6 @@ class StopSignals:
     def __init__(self, stage, hint):
         self.stage, self.hint = stage, hint
         self.told = self.waiting = False
-        self.handlers = {}
 
     def __enter__(self):
         reactions = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
@@ -2584,23 +2580,21 @@ class StopSignals:
     def wait_for(self, stream):
         """The next item of an iterator, None at its end."""
         self.waiting = True
-        try:
-            return next(stream, None)
-        finally:
-            self.waiting = False
+        item = next(stream, None)
+        self.waiting = False
+        return item
 
     def on_signal(self, number, frame):
         """The first or the second."""
         if self.told:
             self.end("by a second signal")
         self.told = True
-        signal.alarm(5)
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)
 
     def on_alarm(self, number, frame):
-        """Some seconds after the first."""
+        """Five seconds after the first, and each second from then on."""
         if self.waiting:
             self.end("while it waited for data")
-        signal.alarm(1)
 
     def end(self, how):
         """Ends the program and its decoding processes, whatever they do; the last checkpoint is whole."""
@@ -2641,7 +2635,7 @@ class Training:
         self.buckets = []  # of gradients; none on one process
         self.signals = StopSignals(stage, run.how_to_resume())
         self.progress = Progress(stage, self.total, self.step, batch)
-        self.log_file = self.scalars = None
+        self.scalars = None  # TensorBoard's writer
 
     @property
     def epoch(self):
@@ -2663,24 +2657,19 @@ class Training:
             self.run.finish(self.stage)
             return
         stream = iter(stream)
-        listening = contextlib.nullcontext()
-        if self.run.folder:
-            self.log_file = self.open_log()
-            listening = self.signals
-            if self.log_file and self.run.settings.tensorboard:
-                self.scalars = summary_writer()(self.run.folder / "tensorboard" / self.stage, purge_step=self.step)
-        try:
-            with listening:
-                for self.step in itertools.count(self.step):
-                    data = self.signals.wait_for(stream)
-                    if data is None:
-                        break
-                    yield data
-        finally:
-            for file in filter(None, (self.log_file, self.scalars)):
-                file.close()
-            for hook in itertools.chain(*(bucket.hooks for bucket in self.buckets)):
-                hook.remove()
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self.remove_hooks)
+            if self.run.folder:
+                at_end.enter_context(self.signals)
+                begin_log(self.run, self.stage, self.step)
+                if self.run.settings.tensorboard and rank() == 0:
+                    folder = self.run.folder / "tensorboard" / self.stage
+                    self.scalars = at_end.enter_context(summary_writer()(folder, purge_step=self.step))
+            for self.step in itertools.count(self.step):
+                data = self.signals.wait_for(stream)
+                if data is None:
+                    break
+                yield data
         self.run.finish(self.stage)
         if unreadable := self.run.machine.unreadable:
             print0(f"{len(unreadable)} unreadable files were passed over")
@@ -2720,6 +2709,12 @@ class Training:
         for bucket in self.buckets:
             bucket.receive()
 
+    def remove_hooks(self):
+        """Parameters may have another training, with buckets of its own."""
+        for bucket in self.buckets:
+            for hook in bucket.hooks:
+                hook.remove()
+
     def count_skipped(self, taken, means):
         """Tells of a skipped step; the tenth in a row is an error."""
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
@@ -2735,11 +2730,9 @@ class Training:
         values = means | more
         scalars = [f"{name} {v:.4g}" for name, v in values.items() if not isinstance(v, list)]
         rate = self.progress.rate(self.step + 1)
-        if self.log_file and rank() == 0:
-            line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1))
-            line |= {name: finite(v) for name, v in values.items()}
-            with writing(self.run.folder / "log.jsonl"):
-                self.log_file.write((json.dumps(line) + "\n").encode())
+        if self.run.folder and rank() == 0:
+            line = dict(stage=self.stage, step=self.step, epoch=self.epoch, images_per_s=round(rate, 1), **values)
+            append_line(self.run.folder / "log.jsonl", line)
         for name, v in values.items() if self.scalars else ():
             self.scalars.add_scalar(name, np.mean(v), self.step)  # of a list the mean
         text = f"epoch {self.epoch + 1}  {'  '.join(scalars)}  {rate:.0f} images/s"
@@ -2758,22 +2751,25 @@ class Training:
             print0(f"\nstopped after step {done} of {self.total} ({self.stage}); {self.run.how_to_resume()}")
             raise SystemExit(0)
 
-    def open_log(self):
-        """log.jsonl, opened behind the last line that belongs to the checkpoint; None on other ranks than 0."""
-        if rank() > 0:
-            return None
-        path = self.run.folder / "log.jsonl"
-        keep = []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # the last line of a killed run
-                entry = json.loads(line)
-                earlier = entry["stage"] == self.stage and entry["step"] < self.step
-                if earlier or entry["stage"] in self.run.finished:
-                    keep.append(line + "\n")
-        if self.run.changes:
-            keep.append(json.dumps(dict(stage=self.stage, step=self.step, changed=self.run.changes)) + "\n")
-        write_atomic(path, "".join(keep).encode())
-        return open(path, "ab", buffering=0)
+
+def begin_log(run, stage, step):
+    """Cuts log.jsonl off behind the last line that belongs to the checkpoint before this step."""
+    path = run.folder / "log.jsonl"
+    keep = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # the last line of a killed run
+            entry = json.loads(line)
+            if entry["stage"] in run.finished or entry["stage"] == stage and entry["step"] < step:
+                keep.append(line + "\n")
+    write_atomic(path, "".join(keep).encode())
+    if run.changes and rank() == 0:
+        append_line(path, dict(stage=stage, step=step, changed=run.changes))
+
+
+def append_line(path, content):
+    """Adds a line of JSON to a file."""
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(finite(content)) + "\n")
 
 
 def tell_proportions(training, ema, queue):
@@ -2995,11 +2991,16 @@ def init_encoder(encoder, path):
 
 def load_encoder_state(encoder, state, side, path):
     """Loads weights whose position table has a grid of side x side."""
-    odd = [name for name, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    odd = not_finite(state)
     need(not odd, f"{path}: weights are not finite ({', '.join(odd[:3])})")
     if state["pos_embed"].shape[-1] == encoder.dim:
         state["pos_embed"] = resize_positions(state["pos_embed"], (side, side), encoder.grid)
     load_state(encoder, state, str(path))
+
+
+def not_finite(state):
+    """Names in a state dict whose values are not all finite."""
+    return [name for name, v in state.items() if not v.isfinite().all()]
 
 
 HEADS_OF_WIDTH = {dim: heads for dim, _, heads in VIT_SIZES.values()}  # of public files, which do not say
