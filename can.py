@@ -67,8 +67,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import (
     BatchSize, Colour, Count, Fraction, Number, Positive, Ratio, RunSettings, Share, Training, View, Whole, adamw,
     augment, augment_views, backward, check_batch, check_masking, draw_rows, init_encoder, init_weights, launch, load_splits,
-    masked_mean, mlp_head, model_size, need, new_decoder, new_encoder, normal, normalize, normalize_patches, nt_xent,
-    open_run, parameter_groups, parse_settings, patchify, promote, random_masking, save_encoder, set_lr,
+    mlp_head, model_size, need, new_decoder, new_encoder, normal, normalize, normalize_patches, nt_xent,
+    open_run, parameter_groups, parse_settings, patch_loss, patchify, promote, random_masking, save_encoder, set_lr,
     start_machine, to_bytes, uniform, unnormalize_patches, unpatchify, warmup_cosine,
 )  # fmt: skip
 from eval import center_views, evaluate
@@ -191,14 +191,6 @@ class LevelEmbedding(nn.Module):
         exponents = torch.linspace(0, 1, 64, **like) if self.authors else torch.arange(0, 1, 2 / self.dim, **like)  # [d/2]
         angles = sigma[:, None] / self.unit * 10000**-exponents
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
-
-
-def patch_loss(chosen, target, x_hat):
-    """3.3 and 3.4: squared error [N], mean over pixels, then over the patches chosen [N, T] (0 or 1).
-
-    target, x_hat [N, T, p·p·3]. Every sample has as many, so the mean over samples is the loss of the batch.
-    """
-    return masked_mean((promote(x_hat) - target).square().mean(-1), chosen)
 
 
 class CAN(nn.Module):

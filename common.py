@@ -140,8 +140,8 @@ class ViT(nn.Module):
                  checkpoint_blocks=False, mlp_ratio=4):  # fmt: skip
         super().__init__()
         need(image_size % patch_size == 0, f"image size {image_size} is not divisible by the patch size {patch_size}")
-        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
-        self.config |= dict(post_norm=post_norm, pool=pool, stem=stem, mlp_ratio=mlp_ratio)
+        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
+                           post_norm=post_norm, pool=pool, stem=stem, mlp_ratio=mlp_ratio)  # fmt: skip
         self.patch_size, self.dim, self.depth, self.pool = patch_size, dim, depth, pool
         self.checkpoint_blocks = checkpoint_blocks
         self.grid = (image_size // patch_size,) * 2
@@ -183,7 +183,8 @@ class ViT(nn.Module):
         """Image [N, 3, H, W] → tokens [N, 1 + K, D] of the kept patches, positions added, [CLS] (zero position) first."""
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         positions = resize_positions(self.pos_embed, self.grid, grid)
-        tokens = self.patch_embed(x, ids_keep, drop) + positions[:, 1:]  # [N, L, D]
+        *_, patches = self.patch_embed(x, ids_keep, drop)
+        tokens = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # [N, L, D]
         if ids_keep is not None:
             tokens = take(tokens, ids_keep)  # [N, K, D]
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -299,22 +300,19 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image [N, 3, H, W] → patches [N, L, D] by a convolution whose stride is its kernel."""
+    """Image [N, 3, H, W] → patches [N, D, rows, columns], the one map, by a convolution whose stride is its kernel."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
-    def maps(self, x, ids_keep=None, drop=None):
-        """[[N, D, rows, columns]], as of `ConvStem`."""
-        return [self.proj(x)]  # no patch sees another: removed ones need no care
-
     def forward(self, x, ids_keep=None, drop=None):
-        return self.maps(x)[-1].flatten(2).transpose(1, 2)
+        return [self.proj(x)]  # no patch sees another: removed ones need no care
 
 
 class ConvStem(nn.Module):
-    """Image [N, 3, H, W] → patches [N, L, D] by convolutions in three layers (ConvMAE, arXiv 2205.03892; CMAE 4.1).
+    """Image [N, 3, H, W] → maps of convolutions in three layers (ConvMAE, arXiv 2205.03892; CMAE 4.1): [N, D/3, 4 · rows,
+    4 · columns], [N, D/2, 2 · rows, 2 · columns] and the patches [N, D, rows, columns].
 
     Two stages of a strided convolution and two blocks, D/3 and D/2 wide, on grids four times and twice as fine as that
     of the patches, then a third strided convolution and a linear. About 11 D² parameters, a transformer block has
@@ -340,9 +338,7 @@ class ConvStem(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.reset_parameters()
 
-    def maps(self, x, ids_keep=None, drop=None):
-        """What the two stages and the last layer give: [N, D/3, 4 · rows, 4 · columns], [N, D/2, 2 · rows, 2 · columns] and
-        [N, D, rows, columns]."""
+    def forward(self, x, ids_keep=None, drop=None):
         drops = iter([None] * 4 if drop is None else drop[:, :4].unbind(1))
         visible = x.new_ones(len(x), 1, x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         if ids_keep is not None:
@@ -358,9 +354,6 @@ class ConvStem(nn.Module):
             x = x.permute(0, 3, 1, 2)
             maps.append(x)
         return maps
-
-    def forward(self, x, ids_keep=None, drop=None):
-        return self.maps(x, ids_keep, drop)[-1].flatten(2).transpose(1, 2)
 
 
 class ConvBlock(nn.Module):
@@ -498,15 +491,14 @@ def mae_loss(pred, images, mask, norm_pix=True):
     mean over samples is the MAE loss of the batch.
     """
     target = patchify(images, math.isqrt(pred.shape[-1] // 3))
-    if norm_pix:
-        target = normalize_patches(target)
+    return patch_loss(mask, normalize_patches(target) if norm_pix else target, pred)
+
+
+def patch_loss(chosen, target, pred):
+    """Squared error [N]: mean over pixels, then over the patches whose `chosen` [N, L] is 1; 0 where there are none.
+    target, pred [N, L, p·p·3]."""
     error = (promote(pred) - target).square().mean(-1)  # [N, L]
-    return masked_mean(error, mask)
-
-
-def masked_mean(error, mask):
-    """Mean of error [N, L] over the patches whose mask [N, L] is 1: [N]; 0 where there are none."""
-    return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return (error * chosen).sum(1) / chosen.sum(1).clamp(min=1)
 
 
 def patchify(images, p):
@@ -533,21 +525,18 @@ def unnormalize_patches(patches, target):
     return patches * (var + 1e-6).sqrt() + mean
 
 
-def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epochs, weight_decay=0.05, mask_ratio=0.75,
-                 norm_pix=True, views=1):  # fmt: skip
-    """MAE pre-training (He et al. 2022): stage "mae" of a run.
+def pretrain_mae(run, encoder, decoder, images, views=1, mask_ratio=0.75, norm_pix=True):
+    """MAE pre-training (He et al. 2022): stage "mae" of a run, by its settings mae_epochs, mae_batch (of all ranks), mae_lr
+    (at batch 256) and mae_warmup_epochs.
 
-    Args:
-        epochs, batch (images of all ranks), lr (at batch 256), warmup_epochs, weight_decay: the recipe.
-        views: views an image, each with a mask of its own (2 in MAE-CT's re-implementation, A.1); the lr does not count
-            them.
+    views: views an image, each with a mask of its own (2 in MAE-CT's re-implementation, A.1); the lr does not count them.
     """
     s, machine = run.settings, run.machine
     encoder.freeze(0)
-    groups = parameter_groups(nn.ModuleList([encoder, decoder]), lr * batch / 256, weight_decay)
+    groups = parameter_groups(nn.ModuleList([encoder, decoder]), s.mae_lr * s.mae_batch / 256, 0.05)
     optimizer = adamw(groups, zero=s.zero)
     state = dict(encoder=encoder, decoder=decoder, optimizer=optimizer)
-    training = Training(run, "mae", state, len(images), batch, epochs)
+    training = Training(run, "mae", state, len(images), s.mae_batch, s.mae_epochs)
 
     def encode(x, noise):
         x, noise = x.flatten(0, 1), noise.flatten(0, 1)  # [N · V, …]
@@ -561,7 +550,7 @@ def pretrain_mae(run, encoder, decoder, images, *, epochs, batch, lr, warmup_epo
         noise = uniform(key, data.rows, views, math.prod(encoder.grid), device=machine.device)
         # in one piece: loss = encode(x, noise)[1].mean(); loss.backward()
         loss, _ = backward(encode, None, (x, noise), s.micro_batch, machine.precision)
-        set_lr(optimizer, warmup_cosine(training.step, training.total, warmup_epochs * training.per_epoch))
+        set_lr(optimizer, warmup_cosine(training.step, training.total, s.mae_warmup_epochs * training.per_epoch))
         _, log = training.take_step(optimizer, loss)
         training.log(log)
         training.save_if_due()
@@ -1061,10 +1050,8 @@ class Bucket:
 
     def __init__(self, parameters):
         self.parameters = parameters
-        self.flat = torch.cat([torch.zeros_like(p).flatten() for p in parameters])
-        self.parts = self.flat.split([p.numel() for p in parameters])
         self.reached = set()
-        self.transfer = None
+        self.flat = self.transfer = None
         self.hooks = [p.register_post_accumulate_grad_hook(self.reach) for p in parameters]
 
     def reach(self, p):
@@ -1080,11 +1067,11 @@ class Bucket:
         """Starts the transfer, unless there are no gradients; those that are missing count as 0 and stay away."""
         if all(p.grad is None for p in self.parameters):
             return
-        for p, part in zip(self.parameters, self.parts):
-            if p.grad is None:
-                part.zero_()
-            else:
-                p.grad = part.view_as(p).copy_(p.grad)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.flat = torch.cat([g.flatten() for g in gradients])
+        for p, part in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
+            if p.grad is not None:
+                p.grad = part.view_as(p)
         self.transfer = dist.all_reduce(self.flat, async_op=True)
 
     def receive(self):
@@ -1097,19 +1084,13 @@ class Bucket:
 
 
 def fill_buckets(parameters, state):
-    """Buckets of parameters, at most nine, from the last ones of the modules in `state` to the first: as the backward pass
-    comes to them."""
+    """Eight buckets of parameters, from the last ones of the modules in `state` to the first: as the backward pass comes to
+    them."""
     modules = [part for part in state.values() if isinstance(part, nn.Module)]
     place = {p: i for i, p in enumerate(itertools.chain(*(m.parameters() for m in modules)))}
-    enough = sum(p.numel() for p in parameters) / 8
-    buckets, filled = [], math.inf
-    for p in sorted(parameters, key=lambda p: -place.get(p, 0)):
-        if filled >= enough:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(p)
-        filled += p.numel()
-    return [Bucket(bucket) for bucket in buckets]
+    parameters = sorted(parameters, key=lambda p: -place.get(p, 0))
+    size = math.ceil(len(parameters) / 8)
+    return [Bucket(parameters[i : i + size]) for i in range(0, len(parameters), size)]
 
 
 def means_over_ranks(values, device):
@@ -1164,7 +1145,7 @@ def augment(x, colour=None, noise=None):
         jitter(x, colour, noise[:, :9])
         gray, blur, solar, amount = noise[:, 9:].unbind(1)
         sigma = uniform_to(amount, *colour.sigma)
-        change(x, gray < colour.p_gray, grayscale)
+        change(x, gray < colour.p_gray, luma)
         change(x, blur < colour.p_blur, functools.partial(gaussian_blur, largest=colour.sigma[1]), sigma)
         change(x, solar < colour.p_solarize, solarize)
     return standardise(x)
@@ -1234,13 +1215,8 @@ def unstandardise(x):
 
 
 def luma(x):
-    """[N, 1, H, W]."""
+    """Gray [N, 1, H, W]."""
     return (x * channels((0.2989, 0.587, 0.114), x.device, x.dtype)).sum(1, keepdim=True)
-
-
-def grayscale(x):
-    """[N, 3, H, W]."""
-    return luma(x).expand(-1, 3, -1, -1)
 
 
 def solarize(x):
@@ -1338,22 +1314,17 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
 
 
-def load_splits(data, labels=False, val=True, load=None, **how):
+def load_splits(data, labels=False, val=True, **how):
     """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
-    or test/ to evaluate on. `load` is load_images or load_videos, `how` what else it takes."""
-    load = load or load_images
+    or test/ to evaluate on. Videos with a `gap` (load_videos), else images (load_images)."""
+    load = load_videos if "gap" in how else load_images
     train = load(data, "train", labels, **how)
     if not val:
         return train, None
-    if not train.classes:
-        print0(f"no evaluation on {data}: the training images have no labels")
-        return train, None
-    if Path(data).is_dir() and split_folder(data, "val") == Path(data):
-        print0(f"no evaluation on {data}: there is no val/, validation/ or test/")
-        return train, None
-    val = load(data, "val", False, **how)
-    if not val.classes:
-        print0(f"no evaluation on {data}: its validation images lie in no class folders, and no list beside has their labels")
+    has_val = not Path(data).is_dir() or split_folder(data, "val") != Path(data)
+    val = load(data, "val", False, **how) if train.classes and has_val else None
+    if not (val and val.classes):
+        print0(f"no evaluation on {data}: it needs labels, and val/, validation/ or test/ with labels too")
         return train, None
     odd = sorted(set(train.classes) ^ set(val.classes))
     need(not odd, f"--data {data}: training and validation folders have different classes ({', '.join(map(str, odd[:5]))})")
@@ -1453,10 +1424,12 @@ def listed_labels(files, path):
     for line in read_lines(path):
         words = re.split(r"[\s,]+", line)
         listed[Path(words[0]).name] = words[1:2]
-    of_file = [listed.get(Path(file).name) or listed.get(Path(file).stem) for file in files]
-    missing = next((file for file, found in zip(files, of_file) if not found), None)
-    need(missing is None, f"{path} has no line NAME CLASS for {missing}")
-    return numbered([found[0] for found in of_file])
+    of_file = []
+    for file in files:
+        found = listed.get(Path(file).name) or listed.get(Path(file).stem)
+        need(found, f"{path} has no line NAME CLASS for {file}")
+        of_file += found
+    return numbered(of_file)
 
 
 def numbered(of_file):
@@ -1470,11 +1443,10 @@ def read_lines(path):
     """The lines of a text file that say something."""
     need(Path(path).is_file(), f"{path}: no such list")
     raw = Path(path).read_bytes()
-    encodings = ["utf-16"] if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
     try:
-        text = raw.decode(encodings[0])
+        text = raw.decode(json.detect_encoding(raw))
     except UnicodeDecodeError:
-        text = raw.decode(encodings[-1], errors="replace")
+        text = raw.decode("latin-1")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     need(lines, f"{path}: the list is empty")
     return lines
@@ -1603,10 +1575,6 @@ def load_torchvision(name, split):
     need(attribute, f"--data {name.lower()}: torchvision's {name} has no class labels")
     labels = torch.cat([torch.as_tensor(getattr(part, attribute)).long() for part in parts])
     classes = list(getattr(first, "classes", getattr(first, "categories", range(int(labels.max()) + 1))))
-    pixels = getattr(first, "data", None)
-    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
-        pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
-        return Images(labels, classes, pixels=pixels)
     images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
     if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
         images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
@@ -1714,38 +1682,32 @@ class Videos(Images):
     def open_clip(self, i):
         """Video i as a Clip."""
         if self.pixels is not None:
-            return Clip(frames=self.pixels[i])
-        return Clip(Path(self.name(i)))
+            return Clip(self.pixels[i])
+        path = Path(self.name(i))
+        if path.is_dir():
+            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
+            return Clip([path / name for name in sorted(names, key=natural_key)])
+        return Clip(open_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else [path])
 
 
 class Clip:
     """One video, of which only the frames that are asked for are decoded: `length`, and `frame(number)`, an RGB image.
 
-    An OSError says what cannot be read.
+    An OSError says what cannot be read. `frames`: uint8 [T, 3, H, W], image files, or torchcodec's decoder.
     """
 
-    def __init__(self, path=None, frames=None):
-        self.decoder = None
-        self.frames = frames  # uint8 [T, 3, H, W], or files
-        if path is not None and path.is_dir():
-            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
-            self.frames = [path / name for name in sorted(names, key=natural_key)]
-        elif path is not None and path.suffix.lower() in VIDEO_SUFFIXES:
-            self.decoder = open_video(path)
-        elif path is not None:
-            self.frames = [path]
-        self.length = len(self.decoder or self.frames)
+    def __init__(self, frames):
+        self.frames = frames
+        self.length = len(frames)
         if self.length == 0:
             raise OSError("no frames")
 
     def frame(self, number):
         """Frame `number`, counted from 0."""
-        if self.decoder is not None:
-            try:
-                return to_pil(self.decoder[number])
-            except (RuntimeError, IndexError) as e:
-                raise OSError(f"frame {number} is not readable ({torchcodec_reason(e)})") from e
-        frame = self.frames[number]
+        try:
+            frame = self.frames[number]
+        except (RuntimeError, IndexError) as e:
+            raise OSError(f"frame {number} is not readable ({torchcodec_reason(e)})") from e
         return to_pil(frame) if isinstance(frame, torch.Tensor) else read_image(frame)
 
 
@@ -1848,9 +1810,9 @@ def decode(images, order, cut, machine):
     order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
         Decoded(images, cut),
-        batch_sampler=parts_of_batches(ahead, machine),
+        batch_size=None,
+        sampler=parts_of_batches(ahead, machine),
         num_workers=machine.workers,
-        collate_fn=collate,
         worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
     )
@@ -1870,10 +1832,10 @@ def decode(images, order, cut, machine):
 
 
 def parts_of_batches(order, machine):
-    """Yields the keys [(epoch, index)] of each worker's part of each batch."""
+    """Yields (epoch, index [n]) of each worker's part of each batch."""
     for epoch, index in order:
         for part in in_parts(index, machine):
-            yield [(epoch, i) for i in part.tolist()]
+            yield epoch, part
 
 
 def in_parts(index, machine):
@@ -1901,32 +1863,28 @@ def watched(loader):
 
 @dataclass
 class Decoded(torch.utils.data.Dataset):
-    """(epoch, index) → views, the index used, and the names of unreadable files passed over on the way to it."""
+    """(epoch, index [n]) → views [n, …], or lists of what is no tensor (targets of objects), the indices used, and
+    (name, reason) of unreadable files passed over on the way to them; without views behind 100 of those in a row."""
 
     images: Images
     cut: object
 
     def __getitem__(self, key):
-        epoch, index = key
-        bad = []
-        for _ in range(100):
-            try:
-                return self.cut(self.images, epoch, index), index, bad
-            except UNREADABLE as e:
-                bad.append((self.images.name(index), str(e)))
-                index = (index + 1) % len(self.images)
-        return None, index, bad
-
-
-def collate(items):
-    """Samples of `Decoded` as a batch, lists of what is no tensor (targets of objects); without views where one of them found
-    none."""
-    views, index, bad = zip(*items)
-    bad = list(itertools.chain(*bad))
-    if None in views:  # a worker's exception would arrive with its traceback as the message
-        return None, None, bad
-    columns = [torch.stack(v) if isinstance(v[0], torch.Tensor) else list(v) for v in zip(*views)]
-    return columns, torch.tensor(index), bad
+        epoch, wanted = key
+        samples, used, bad = [], [], []
+        for index in wanted.tolist():
+            first = len(bad)
+            while len(samples) == len(used):
+                try:
+                    samples.append(self.cut(self.images, epoch, index))
+                except UNREADABLE as e:
+                    bad.append((self.images.name(index), str(e)))
+                    index = (index + 1) % len(self.images)
+                if len(bad) - first == 100:  # an exception would arrive from a worker with its traceback as the message
+                    return None, None, bad
+            used.append(index)
+        columns = [torch.stack(v) if isinstance(v[0], torch.Tensor) else list(v) for v in zip(*samples)]
+        return columns, torch.tensor(used), bad
 
 
 def start_worker(_):
@@ -2172,35 +2130,24 @@ def paint(image, x, y, c, radius, angle, cx, cy, light, dark):
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be: from `low` to `high`, itself excluded where `above` or `below` says so."""
+    """What a number may be: from the least to the greatest, finite."""
 
-    low: float
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-
-    def __contains__(self, value):
-        too_low = value <= self.low if self.above else value < self.low
-        too_high = value >= self.high if self.below else value > self.high
-        return math.isfinite(value) and not too_low and not too_high
-
-    def __str__(self):
-        words = f"{'above' if self.above else 'from'} {self.low:g}"
-        if self.high < math.inf:
-            words += f"{', below' if self.below else ', up to'} {self.high:g}"
-        return words
+    words: str
+    least: float
+    greatest: float = sys.float_info.max
 
 
 # Types of settings: argparse gets its types and choices from them, `check_value` the ranges.
-Whole = Annotated[int, Range(0)]
-Count = Annotated[int, Range(1)]
-BatchSize = Annotated[int, Range(2)]  # alone, a sample has nothing to be told from
-FromMinusOne = Annotated[int, Range(-1)]
-Number = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
-Fraction = Annotated[float, Range(0, 1)]
-Share = Annotated[float, Range(0, 1, above=True)]
-Ratio = Annotated[float, Range(0, 1, below=True)]
+ABOVE_0, BELOW_1 = math.ulp(0), math.nextafter(1, 0)
+Whole = Annotated[int, Range("from 0", 0)]
+Count = Annotated[int, Range("from 1", 1)]
+BatchSize = Annotated[int, Range("from 2", 2)]  # alone, a sample has nothing to be told from
+FromMinusOne = Annotated[int, Range("from -1", -1)]
+Number = Annotated[float, Range("from 0", 0)]
+Positive = Annotated[float, Range("above 0", ABOVE_0)]
+Fraction = Annotated[float, Range("from 0, up to 1", 0, 1)]
+Share = Annotated[float, Range("above 0, up to 1", ABOVE_0, 1)]
+Ratio = Annotated[float, Range("from 0, below 1", 0, BELOW_1)]
 
 
 @dataclass
@@ -2213,7 +2160,7 @@ class RunSettings:
     out: str = ""  # run folder; default: a fresh numbered one under runs/
     resume: bool = False  # go on with the run in `out`
     init: str = ""  # encoder file to start from
-    seed: Annotated[int, Range(0, 2**63, below=True)] = 0  # of all random numbers
+    seed: Annotated[int, Range("from 0, below 2^63", 0, 2**63 - 1)] = 0  # of all random numbers
     authors: bool = False  # settings of the authors' code where it is not the paper's (AUTHORS); other flags win
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has units for it
     micro_batch: Whole = 0  # samples of one process at a time; 0: all
@@ -2285,16 +2232,15 @@ def resumed_settings(cls, given):
     need(folder and config.is_file(), "--resume needs --out DIR with a folder that holds a run")
     saved = read_json(config, "restore it, or start a new run")
     saved.pop("made_by", None)
-    types = {f.name: value_type(f.type) for f in dataclasses.fields(cls)}
-    odd = sorted(types.keys() ^ saved.keys())
-    odd += [name for name in types.keys() & saved.keys() if not fits(saved[name], types[name])]
+    odd = sorted({f.name for f in dataclasses.fields(cls)} ^ saved.keys())
     need(not odd, f"{config} does not fit this program ({', '.join(odd[:4])}): "
                   "resume with the program and version that wrote it, or start a new run")  # fmt: skip
     for name, value in given.items():
         free = name in FREE_ON_RESUME + REMEDIES and not (name.endswith("lr") and value > saved[name])
         need(free or saved.get(name) == value,
              f"--{name} {value} contradicts {config}, which says {saved.get(name)}; leave the flag out")  # fmt: skip
-    return check_settings(cls(**{**saved, **given}))
+    with understanding(config):
+        return check_settings(cls(**{**saved, **given}))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2332,11 +2278,6 @@ def value_type(kind):
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def fits(value, kind):
-    """Whether a value from a JSON file is of a plain type; whole numbers are floats too."""
-    return type(value) is kind or kind is float and type(value) is int
-
-
 @functools.cache
 def comments(thing):
     """{name: the comment behind it} of a dataclass's fields or a function's keyword parameters, written one a line:
@@ -2368,7 +2309,8 @@ def check_value(name, value, kind):
         need(value in get_args(kind), f"--{name} {value}: choose from {', '.join(get_args(kind))}")
     elif get_origin(kind) is Annotated:
         allowed = get_args(kind)[1]
-        need(value in allowed, f"--{name} {f'{value:g}' if isinstance(value, float) else value}: choose a number {allowed}")
+        said = f"{value:g}" if isinstance(value, float) else value
+        need(allowed.least <= value <= allowed.greatest, f"--{name} {said}: choose a number {allowed.words}")
 
 
 def check_batch(settings, images, batch, epochs):
@@ -3169,17 +3111,6 @@ def load_state(part, state, where):
     if isinstance(part, torch.optim.Optimizer):
         for group, own in zip(part.param_groups, groups):
             group.update(own)
-        need(has_moments(part), f"{where} does not fit: its moments are not those of the parameters")
-
-
-def has_moments(optimizer):
-    """Whether what an optimizer holds of each parameter is of the same names, and numbers or of the parameter's shape."""
-    states = list(optimizer.state.items())
-    for p, values in states:
-        fit = all(isinstance(v, torch.Tensor) and v.shape in ((), p.shape) for v in values.values())
-        if not fit or values.keys() != states[0][1].keys():
-            return False
-    return True
 
 
 @contextlib.contextmanager
@@ -3339,18 +3270,19 @@ def draw_rows(path, rows, side=96, caption="", legend=None):
 def draw_curves(path, curves, x_label, y_label, caption="", joined=True, marked=None):
     """A picture of curves {name: (x values, y values)}, or of points that are not `joined`, over axes that span the data;
     those beyond MARKS are gray. marked: {name: x values} to mark at the lower edge."""
+    left, right, bottom, top = 80, 776, 440, 36
     canvas, pen = blank(800, 500)
-    x_axis = Axis(itertools.chain(*(x for x, _ in curves.values())), 80, 776)
-    y_axis = Axis(itertools.chain(*(y for _, y in curves.values())), 440, 36)
+    xs, ys = (list(itertools.chain(*values)) for values in zip(*curves.values()))
+    x_axis, y_axis = Axis(xs, left, right), Axis(ys, bottom, top)
     for value in x_axis.ticks():
         at = x_axis.place(value)
-        pen.line([(at, y_axis.start), (at, y_axis.end)], fill="gainsboro")
-        pen.text((at, y_axis.start + 10), f"{value:,.6g}", fill="black", anchor="ma")
+        pen.line([(at, bottom), (at, top)], fill="gainsboro")
+        pen.text((at, bottom + 10), f"{value:,.6g}", fill="black", anchor="ma")
     for value in y_axis.ticks():
         at = y_axis.place(value)
-        pen.line([(x_axis.start, at), (x_axis.end, at)], fill="gainsboro")
-        pen.text((x_axis.start - 8, at), f"{value:,.6g}", fill="black", anchor="rm")
-    pen.text((x_axis.end, y_axis.start + 2 * TEXT), x_label, fill="black", anchor="ra")
+        pen.line([(left, at), (right, at)], fill="gainsboro")
+        pen.text((left - 8, at), f"{value:,.6g}", fill="black", anchor="rm")
+    pen.text((right, bottom + 2 * TEXT), x_label, fill="black", anchor="ra")
     pen.text((8, 6), y_label, fill="black")
     legend = dict(zip(curves, MARKS))
     for name in reversed(curves):  # the first on top
@@ -3363,7 +3295,7 @@ def draw_curves(path, curves, x_label, y_label, caption="", joined=True, marked=
     for name, values in (marked or {}).items():
         legend[name] = ("black", 3, 0)
         for value in values:
-            draw_mark(pen, x_axis.place(value), y_axis.start, legend[name], 8)
+            draw_mark(pen, x_axis.place(value), bottom, legend[name], 8)
     save_picture(path, canvas, caption, legend)
 
 

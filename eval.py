@@ -2101,7 +2101,7 @@ class Backbone(nn.Module):
         """Standardised images [n, 3, H, W] and drop-path factors (see ViT) → a map [n, D, h, w] of each of the blocks, and the
         finer maps that the stem has: [n, D/3, 4h, 4w] and [n, D/2, 2h, 2w] if it is convolutional."""
         encoder = self.encoder
-        *finer, x = encoder.patch_embed.maps(x, drop=drop)
+        *finer, x = encoder.patch_embed(x, drop=drop)
         grid = tuple(x.shape[2:])
         tokens = x.movedim(1, -1).flatten(1, 2) + resize_positions(encoder.pos_embed, encoder.grid, grid)[:, 1:]
         x = encoder.embed_norm(tokens).unflatten(1, grid)

@@ -411,8 +411,7 @@ def main(argv):
     untuned = run.folder / "mae.pt"
 
     if "mae" in s.stages:
-        pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr, views=s.mae_views,
-                     warmup_epochs=s.mae_warmup_epochs, mask_ratio=s.mask_ratio, norm_pix=s.norm_pix)  # fmt: skip
+        pretrain_mae(run, encoder, decoder, train, s.mae_views, s.mask_ratio, s.norm_pix)
     if "combined" in s.stages:
         combined_pretraining(run, encoder, decoder, head, train)
     before = "combined" if "combined" in s.stages else "mae"

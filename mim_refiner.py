@@ -467,8 +467,7 @@ def main(argv):
     run = open_run(s, machine)
 
     if decoder:
-        pretrain_mae(run, encoder, decoder, train, epochs=s.mae_epochs, batch=s.mae_batch, lr=s.mae_lr,
-                     warmup_epochs=s.mae_warmup_epochs)  # fmt: skip
+        pretrain_mae(run, encoder, decoder, train)
         if not s.cost and not (run.folder / "mae.pt").exists():
             save_encoder(run.folder / "mae.pt", encoder)
     report(run, s.mim, encoder, train, val)
