@@ -371,7 +371,8 @@ def picture(path, model, images, s, machine):
     if s.lam < 1 and s.sigma_max:
         gain = kept / s.sigma_max / 2
         patches |= {"true noise / (2 sigma)": patchify(e, p) * gain, "predicted noise / (2 sigma)": x_hat * gain}
-    draw_rows(path, [(caption, to_bytes(unpatchify(t, p, *x.shape[-2:])), None) for caption, t in patches.items()])
+    pictures = {caption: to_bytes(unpatchify(t, p, *x.shape[-2:])) for caption, t in patches.items()}
+    draw_rows(path, [(caption, shown, None) for caption, shown in pictures.items()])
 
 
 def check_losses(s):

@@ -109,16 +109,17 @@ def model_size(name):
     return (match[1], int(match[2])) if match else ("", 0)
 
 
-def build_vit(name, image_size, pool="cls", post_norm=False, stem="patch", checkpoint_blocks=False, heads=0):
+def build_vit(name, image_size, heads=0, stem="patch", **kind):
     """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
-    With the stem "conv" it has one block less, and so as many parameters. `heads` other than the size's."""
+    With the stem "conv" it has one block less, and so as many parameters. `heads` other than the size's; `kind`: pool,
+    post_norm and checkpoint_blocks of ViT."""
     size, patch_size = model_size(name)
     known = ", ".join(VIT_SIZES)
     need(size in VIT_SIZES, f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
     dim, depth, usual_heads = VIT_SIZES[size]
     depth -= stem == "conv"
-    how = dict(checkpoint_blocks=checkpoint_blocks, mlp_ratio=MLP_RATIO.get(size, 4))
-    return ViT(image_size, patch_size, dim, depth, heads or usual_heads, post_norm, pool, stem, **how)
+    kind |= dict(stem=stem, mlp_ratio=MLP_RATIO.get(size, 4))
+    return ViT(image_size, patch_size, dim, depth, heads or usual_heads, **kind)
 
 
 class ViT(nn.Module):
@@ -266,7 +267,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, bias=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [N, heads, L, d]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, L, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, heads, L, d] each
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
@@ -503,8 +505,8 @@ def patch_loss(chosen, target, pred):
 
 def patchify(images, p):
     """[N, 3, H, W] → [N, L, p·p·3], pixels row by row, colour last."""
-    n, c, h, w = images.shape
-    return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+    x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [N, 3, rows, p, columns, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches, p, height, width):
@@ -888,6 +890,11 @@ def warmup_cosine(step, steps, warmup, end=0.0):
         return min(1.0, (step + 1) / warmup)
     share = (step - warmup) / max(steps - warmup, 1)
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def parameters_of(optimizer):
+    """A list of all that it changes."""
+    return list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
 
 
 def set_lr(optimizer, factor):
@@ -1354,10 +1361,9 @@ def load_images(data, split, labels=True):
 
 def load_folder(data, split, labels):
     """`load_images` of a folder."""
-    folder = split_folder(data, split)
+    folder = split_folder(data, split, labels)
     listed = Path(f"{folder}.txt")
     has_split = folder != Path(data)
-    need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
     need(has_split or split == "val" or split_folder(data, "val") == folder,
          f"--data {data}: there are images to evaluate on, but no train/")  # fmt: skip
     ignored = collections.Counter()
@@ -1379,11 +1385,15 @@ def load_folder(data, split, labels):
     return Images(numbers, classes, files=file_names(files))
 
 
-def split_folder(data, split):
-    """The folder of a split below the folder `data`: train/, or val/, validation/ or test/; `data` itself if there is none."""
-    names = ["train"] if split == "train" else ["val", "validation", "test"]
-    folders = [Path(data) / name for name in names]
-    return next((folder for folder in folders if folder.is_dir()), Path(data))
+def split_folder(data, split, labels=False):
+    """The folder of a split below the folder `data`: train/, or val/, validation/ or test/; `data` itself if there is none,
+    which is an error where `labels` are needed."""
+    for name in ["train"] if split == "train" else ["val", "validation", "test"]:
+        folder = Path(data) / name
+        if folder.is_dir():
+            return folder
+    need(not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
+    return Path(data)
 
 
 def find_files(folder, suffixes, ignored=None):
@@ -1555,13 +1565,15 @@ TORCHVISION_PARTS = {
 }
 # Sets without parts: images a class that are drawn to train and to test on. Caltech101 (without its background class) is
 # tested on the rest, as usual; SUN397's ten published partitions have 50 and 50 as well.
-TORCHVISION_DRAWN = {"Caltech101": (30, None), "SUN397": (50, 50)}
+TORCHVISION_DRAWN = {
+    "Caltech101": dict(train=dict(count=30), val=dict(skip=30)),
+    "SUN397": dict(train=dict(count=50), val=dict(count=50, skip=50)),
+}
 
 
 def load_torchvision(name, split):
     """`load_images` of a torchvision data set."""
     accepted = inspect.signature(getattr(torchvision.datasets, name)).parameters
-    need("root" in accepted, f"--data {name.lower()}: torchvision's {name} is no data set that can be downloaded")
     if name in TORCHVISION_DRAWN:
         choices = [{}]
     elif "train" in accepted:
@@ -1578,12 +1590,9 @@ def load_torchvision(name, split):
     images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
     if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
         images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
-    if name not in TORCHVISION_DRAWN:
-        return images
-    for_training, for_testing = TORCHVISION_DRAWN[name]
-    if split == "train":
-        return images.subset(draw_per_class(images.labels, ("split",), for_training))
-    return images.subset(draw_per_class(images.labels, ("split",), for_testing, skip=for_training))
+    if name in TORCHVISION_DRAWN:
+        return images.subset(draw_per_class(images.labels, ("split",), **TORCHVISION_DRAWN[name][split]))
+    return images
 
 
 def torchvision_dataset(name, download=True, **choice):
@@ -1629,9 +1638,8 @@ def load_videos(data, split, labels=False, gap=-1):
     if data == "random":
         return Videos(load_images(data, split).labels, [], gap=gap)
     need(os.path.isdir(data), f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
-    folder = split_folder(data, split)
+    folder = split_folder(data, split, labels)
     has_split = folder != Path(data)
-    need(has_split or not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
     clips, images = find_files(folder, VIDEO_SUFFIXES), find_files(folder, SUFFIXES)
     if clips:
         need_torchcodec(data, clips)
@@ -1987,16 +1995,14 @@ def shapes(split):
 
         # background: each pixel takes the colour of the nearest of five sites, plus a smooth shade
         sites = [(dice.between(0, size), dice.between(0, size)) for _ in range(5)]
-        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(5)]
-        image = patchwork(x, y, sites, colours, dice.shade())  # [n, 3, size, size]
+        image = patchwork(dice, x, y, sites)  # [n, 3, size, size]
 
         # object: somewhere within the picture
         radius, angle = dice.between(15, 20), dice.between(0, 2 * math.pi)
         cx = 0.8 * radius + (size - 1.6 * radius) * dice.between(0, 1)
         cy = 0.8 * radius + (size - 1.6 * radius) * dice.between(0, 1)
         image, inside = paint(image, x, y, c, radius, angle, cx, cy, *dice.shades(c))
-        image = image + 0.1 * (uniform(("shapes", split, "noise"), index, 3, size, size) - 0.5)
-        pixels.append((image.clamp(0, 1) * 255).round().byte())
+        pixels.append(noisy_bytes(image, uniform(("shapes", split, "noise"), index, 3, size, size)))
         masks.append(inside[:, 0] > 0.5)
     labels = torch.arange(count * 10) % 10
     return Images(labels, SHAPE_NAMES, pixels=interleave(pixels, count), masks=interleave(masks, count))
@@ -2028,15 +2034,15 @@ def moving_shapes(split):
         sites = []
         for _ in range(14):
             sites.append([dice.each_frame(dice.between(-size / 2, 1.5 * size) + p) for p in pan])
-        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(14)]
-        image = patchwork(x, y, sites, colours, dice.shade())  # [n · T, 3, size, size]
+        image = patchwork(dice, x, y, sites)  # [n · T, 3, size, size]
 
         # object: its motion, and a little of every other
         sign, phase, speed = dice.between(-1, 1).sign(), dice.between(0, turn), dice.between(0.7, 1)
         sliding, circling, spinning, swelling, swinging = ((kind == k).double() for k in range(5))
         swing = swinging * speed * torch.sin(2 * turn * t + phase)
         radius = dice.between(13, 17) * (1 + dice.between(-0.1, 0.1) * t + 0.5 * swelling * sign * (t - 0.5))
-        angle = dice.between(0, turn) + dice.between(-0.5, 0.5) * t + turn * spinning * sign * 1.5 * speed * t + swing
+        angle = dice.between(0, turn) + dice.between(-0.5, 0.5) * t
+        angle = angle + turn * spinning * sign * 1.5 * speed * t + swing
         slide = 18 * sliding * speed * (t - 0.5)
         circle = turn * sign * t + phase
         path_x = slide * phase.cos() + 8 * circling * speed * circle.cos() + 6 * swing
@@ -2046,9 +2052,8 @@ def moving_shapes(split):
         moving = [dice.each_frame(v) for v in (radius, angle, cx, cy)]
         image, _ = paint(image, x, y, c, *moving, *dice.shades(c))
         image = image * dice.each_frame(dice.between(0.75, 1.15) + dice.between(-0.35, 0.35) * t)[:, None]
-        noise = uniform(("moving_shapes", split, "noise"), index, frames, 3, size, size).flatten(0, 1)
-        image = image + 0.1 * (noise - 0.5)
-        pixels.append((image.clamp(0, 1) * 255).round().byte().unflatten(0, (-1, frames)))
+        noise = uniform(("moving_shapes", split, "noise"), index, frames, 3, size, size)
+        pixels.append(noisy_bytes(image.view_as(noise), noise))
     index = torch.arange(count * 10)
     return Videos(index % 10, SHAPE_NAMES, pixels=interleave(pixels, count), motions=index // 10 % 5)
 
@@ -2105,13 +2110,20 @@ def interleave(parts, count):
     return torch.cat(parts).unflatten(0, (10, count)).transpose(0, 1).flatten(0, 1)
 
 
-def patchwork(x, y, sites, colours, shade):
-    """Each pixel takes the colour [n, 3, 1, 1] of the nearest site (cx, cy), plus a smooth shade [n, 3, 3, 3]."""
+def patchwork(dice, x, y, sites):
+    """Each pixel takes the colour, drawn here, of the nearest site (cx, cy), plus a smooth shade: [n, 3, size, size]."""
+    colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in sites]  # [n, 3, 1, 1] each
     distances = [(x[:1] - cx).square() + (y[:, :1] - cy).square() for cx, cy in sites]  # [n, 1, size] + [n, size, 1]
     closest = torch.stack(distances).argmin(0)  # [n, size, size]
     palette = torch.stack(colours, 2)[..., 0, 0]  # [n, 3, sites]
     image = palette.gather(2, closest.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, x.shape)
-    return image + F.interpolate(shade, x.shape, mode="bicubic", align_corners=True)
+    return image + F.interpolate(dice.shade(), x.shape, mode="bicubic", align_corners=True)
+
+
+def noisy_bytes(image, noise):
+    """Images in [0, 1] with noise in [0, 1), a tenth of it, as uint8."""
+    image = image + 0.1 * (noise - 0.5)
+    return (image.clamp(0, 1) * 255).round().byte()
 
 
 def paint(image, x, y, c, radius, angle, cx, cy, light, dark):
@@ -2263,19 +2275,13 @@ def add_flag(parser, name, kind, text, **more):
         more["nargs"] = "+"
     if get_origin(kind) is Literal:
         return parser.add_argument(f"--{name}", choices=get_args(kind), help=text, **more)
-    return parser.add_argument(f"--{name}", type=value_type(kind), metavar="X", help=text, **more)
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return parser.add_argument(f"--{name}", type=plain, metavar="X", help=text, **more)
 
 
 def without_none(kind):
     """X of X | None, which stands for "the recipe's"."""
     return get_args(kind)[0] if type(None) in get_args(kind) else kind
-
-
-def value_type(kind):
-    """The plain type of a setting's values: int of Whole, str of a Literal."""
-    if get_origin(kind) is Literal:
-        return str
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 @functools.cache
@@ -2337,8 +2343,8 @@ def check_masking(grid, *ratios):
 
 def new_encoder(s, pool="cls", **kind):
     """The encoder that settings ask for, with the weights of --init; `kind` as of build_vit."""
-    kind |= dict(checkpoint_blocks=s.checkpoint_blocks, heads=s.attention_heads)
-    encoder = build_vit(s.model, s.image_size, pool, **kind)
+    kind |= dict(pool=pool, checkpoint_blocks=s.checkpoint_blocks)
+    encoder = build_vit(s.model, s.image_size, s.attention_heads, **kind)
     has_checkpoint = s.resume and any((Path(s.out) / name).exists() for name in CHECKPOINTS)  # with the encoder's weights
     if s.init and not has_checkpoint:
         init_encoder(encoder, s.init)
@@ -2422,9 +2428,7 @@ class Run:
         self.finished = self.checkpoint["finished"] if self.checkpoint else []  # stages
         self.results = {}
         if self.settings.resume and (folder / "results.json").exists():
-            path, remedy = folder / "results.json", "delete it, or restore it"
-            self.results = read_json(path, remedy)
-            need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
+            self.results = read_json(folder / "results.json", "delete it, or restore it")
 
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
@@ -2625,7 +2629,7 @@ class Training:
         Returns:
             (whether the step was taken, {"loss", "lr", "grad_norm" and the values} as numbers or lists).
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         self.average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.run.settings.clip_grad:
@@ -2777,13 +2781,12 @@ class Progress:
         if now - self.shown < pause and not (ended and (started or show_last)):
             return
         self.shown = now
-        left = int((self.total - done) * self.batch / max(self.rate(done), 1e-9))
+        left = int((self.total - done) * (now - self.begin) / max(done - self.first, 1))
         line = f"{self.what}  {done}/{self.total}  {left // 60}:{left % 60:02d} left  {text}"
-        if terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
-            print0(f"\r{line}\033[K", end="\n" if ended else "")
-        else:
-            print0(line)
+        if not terminal:
+            return print0(line)
+        line = line[: shutil.get_terminal_size().columns - 1]
+        print0(f"\r{line}\033[K", end="\n" if ended else "")
 
 
 def progress(items, total, what):
@@ -2819,9 +2822,8 @@ def measured(training, draw):
             yield draw()
         multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
     seconds = (synchronized_clock(device) - begin) / 3
-    groups = training.state["optimizer"].param_groups
     run.report(training.stage, {
-        "parameters/M": sum(sum(p.numel() for p in group["params"]) for group in groups) / 1e6,
+        "parameters/M": sum(p.numel() for p in parameters_of(training.state["optimizer"])) / 1e6,
         "madds/M": multiply_adds / 1e6,
         "images/s": training.batch / seconds,
         "peak/GiB": peak_memory(device) / 2**30,
@@ -2924,9 +2926,9 @@ def init_encoder(encoder, path):
     """Loads an encoder file into an encoder of the same width, depth, patch and norm placement (`--init`)."""
     with understanding(path):
         state, config = read_encoder(path)
-    kinds = ["post-norm" if post_norm else "pre-norm" for post_norm in (config["post_norm"], encoder.config["post_norm"])]
-    need(kinds[0] == kinds[1],
-         f"{path}: its blocks are {kinds[0]}, those of the model {kinds[1]} "
+    of_file, of_model = ("post-norm" if c["post_norm"] else "pre-norm" for c in (config, encoder.config))
+    need(of_file == of_model,
+         f"{path}: its blocks are {of_file}, those of the model {of_model} "
          "(data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
     load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
 
@@ -2965,9 +2967,9 @@ def read_encoder(path):
     assumed is printed.
     """
     content = load_file(path)
-    own = content.get("encoder") if isinstance(content, dict) else None
-    own = own if isinstance(own, dict) and "patch_size" in own else {}
     state = renamed(without_prefix(encoder_state(content, path), path), path)
+    own = content.get("encoder")
+    own = own if isinstance(own, dict) and "patch_size" in own else {}
     state = {name: v for name, v in state.items() if re.match(ENCODER_NAMES, name)}
     stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
     first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
@@ -2999,15 +3001,15 @@ def read_encoder(path):
 
 def encoder_state(content, path):
     """The dict of tensors in an encoder file, by itself or within others."""
-    state = content
+    state = content if isinstance(content, dict) else {"": content}
     for key in ("teacher", "student", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
             if key in ("teacher", "student"):
                 print0(f"{path}: the {key}'s weights are taken")
-    if isinstance(state, dict):  # fairseq keeps a second, nested copy
-        state = {name: v for name, v in state.items() if not str(name).removeprefix("model.").startswith("_ema")}
-    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    # fairseq keeps a second, nested copy
+    state = {name: v for name, v in state.items() if not str(name).removeprefix("model.").startswith("_ema")}
+    tensors = all(isinstance(v, torch.Tensor) for v in state.values())
     need(tensors, f"{path} is no encoder file: expected a dict of tensors, or one under 'model' or 'state_dict'")
     return state
 

@@ -121,7 +121,7 @@ from common import (
     Whole, adamw, add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings,
     check_value, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
     find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, made_by,
-    mae_loss, measured, need, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table,
+    mae_loss, measured, need, noisy_bytes, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table,
     progress, promote, random_masking, rank, read_json, read_lines, resize_positions, save_encoder, save_file,
     save_picture, set_lr, shuffled, standardise, start_machine, to_bytes, to_json, to_uint8,
     torchvision_dataset, understanding, uniform, unit, unstandardise, warmup_cosine, world, write_atomic,
@@ -2732,8 +2732,7 @@ def scenes(split):
     for index in torch.arange(count).split(50):
         dice = Dice(("scenes", split), index, 100, 2)
         sites = [(dice.between(0, size), dice.between(0, size)) for _ in range(5)]
-        colours = [dice.colour((0, 1), (0, 0.7), (0.15, 1)) for _ in range(5)]
-        image = patchwork(x, y, sites, colours, dice.shade())
+        image = patchwork(dice, x, y, sites)
         owner = torch.zeros(len(index), size, size, dtype=torch.long)  # 0: the background
         objects = dice.between(0, 5).long()
         labels = torch.zeros(len(index), 5, dtype=torch.long)
@@ -2747,8 +2746,7 @@ def scenes(split):
                 rows = ((label == c + 1) & (k <= objects)).flatten().nonzero()[:, 0]
                 image[rows], inside = paint(image[rows], x, y, c, *(value[rows] for value in looks))
                 owner[rows] = torch.where(inside[:, 0] > 0.5, k, owner[rows])
-        image = image + 0.1 * (uniform(("scenes", split, "noise"), index, 3, size, size) - 0.5)
-        pixels.append((image.clamp(0, 1) * 255).round().byte())
+        pixels.append(noisy_bytes(image, uniform(("scenes", split, "noise"), index, 3, size, size)))
         for i, whose, of_object in zip(index.tolist(), owner, labels.tolist()):
             seen = [in_cocos_words(whose == k, of_object[k]) for k in range(1, 5) if (whose == k).sum() >= 40]
             known.append(dict(id=i, width=size, height=size, objects=seen))
@@ -3403,7 +3401,7 @@ def start_job(
     if scratch:
         torch.manual_seed(of_protocol.get("seed", 0))
         size = image_size or (48 if data in ("shapes", "moving_shapes") else 224)
-        model = build_vit(scratch, size, pool or "cls", heads=attention_heads or 0)
+        model = build_vit(scratch, size, attention_heads or 0, pool=pool or "cls")
         encoder = Path("runs", scratch, "encoder.pt")  # where it would be
     else:
         model = load_encoder(encoder, image_size, pool, attention_heads)

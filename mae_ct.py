@@ -271,8 +271,7 @@ def contrastive(run, stage, f, head, images, *, epochs, lr, head_lr, frozen, tem
         tell_proportions(training, s.ema, s.queue)
     for data in training.batches(images, views):
         key = (s.seed, stage, training.step)
-        colour_noise = uniform((*key, "colour"), data.rows, 2, 13)
-        x1, x2 = augment_views(data.views, colours, colour_noise)
+        x1, x2 = augment_views(data.views, colours, uniform((*key, "colour"), data.rows, 2, 13))
         noise = uniform((*key, "mask"), data.rows, 2, math.prod(f.grid), device=x1.device)
         dice = uniform((*key, "dice"), data.rows, 2, device=x1.device)
 
