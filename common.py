@@ -2244,15 +2244,16 @@ def resumed_settings(cls, given):
     need(folder and config.is_file(), "--resume needs --out DIR with a folder that holds a run")
     saved = read_json(config, "restore it, or start a new run")
     saved.pop("made_by", None)
-    odd = sorted({f.name for f in dataclasses.fields(cls)} ^ saved.keys())
+    types = {f.name: value_type(f.type) for f in dataclasses.fields(cls)}
+    odd = sorted(types.keys() ^ saved.keys())
+    odd += [name for name in types.keys() & saved.keys() if not fits(saved[name], types[name])]
     need(not odd, f"{config} does not fit this program ({', '.join(odd[:4])}): "
                   "resume with the program and version that wrote it, or start a new run")  # fmt: skip
     for name, value in given.items():
         free = name in FREE_ON_RESUME + REMEDIES and not (name.endswith("lr") and value > saved[name])
         need(free or saved.get(name) == value,
              f"--{name} {value} contradicts {config}, which says {saved.get(name)}; leave the flag out")  # fmt: skip
-    with understanding(config):
-        return check_settings(cls(**{**saved, **given}))
+    return check_settings(cls(**{**saved, **given}))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2275,13 +2276,24 @@ def add_flag(parser, name, kind, text, **more):
         more["nargs"] = "+"
     if get_origin(kind) is Literal:
         return parser.add_argument(f"--{name}", choices=get_args(kind), help=text, **more)
-    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    return parser.add_argument(f"--{name}", type=plain, metavar="X", help=text, **more)
+    return parser.add_argument(f"--{name}", type=value_type(kind), metavar="X", help=text, **more)
 
 
 def without_none(kind):
     """X of X | None, which stands for "the recipe's"."""
     return get_args(kind)[0] if type(None) in get_args(kind) else kind
+
+
+def value_type(kind):
+    """The plain type of a setting's values: int of Whole, str of a Literal."""
+    if get_origin(kind) is Literal:
+        return str
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def fits(value, kind):
+    """Whether a value from a JSON file is of a plain type; whole numbers are floats too."""
+    return type(value) is kind or kind is float and type(value) is int
 
 
 @functools.cache
@@ -2428,7 +2440,9 @@ class Run:
         self.finished = self.checkpoint["finished"] if self.checkpoint else []  # stages
         self.results = {}
         if self.settings.resume and (folder / "results.json").exists():
-            self.results = read_json(folder / "results.json", "delete it, or restore it")
+            path, remedy = folder / "results.json", "delete it, or restore it"
+            self.results = read_json(path, remedy)
+            need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
 
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`."""
@@ -2441,6 +2455,7 @@ class Run:
         if not self.checkpoint or self.checkpoint["stage"] != stage:
             return 0
         path, saved = self.folder / "last.pt", self.checkpoint
+        need(state.keys() == saved["state"].keys(), f"{path} is a checkpoint of another program")
         need(saved["count"] == count,
              f"{path} is of a training with {saved['count']} samples, now there are {count}: restore the data, "
              "or start a new run")  # fmt: skip
@@ -2495,7 +2510,8 @@ def read_checkpoint(folder):
         return None
     try:
         content = load_file(path)
-        whole = isinstance(content, dict) and content.keys() == {"stage", "step", "count", "finished", "state"}
+        kinds = dict(stage=str, step=int, count=int, finished=list, state=dict)
+        whole = isinstance(content, dict) and {name: type(v) for name, v in content.items()} == kinds
         need(whole, f"{path} is no checkpoint of a run")
         return content
     except InputError as e:
@@ -3113,6 +3129,17 @@ def load_state(part, state, where):
     if isinstance(part, torch.optim.Optimizer):
         for group, own in zip(part.param_groups, groups):
             group.update(own)
+        need(has_moments(part), f"{where} does not fit: its moments are not those of the parameters")
+
+
+def has_moments(optimizer):
+    """Whether what an optimizer holds of each parameter is of the same names, and numbers or of the parameter's shape."""
+    states = list(optimizer.state.items())
+    for p, values in states:
+        fit = all(isinstance(v, torch.Tensor) and v.shape in ((), p.shape) for v in values.values())
+        if not fit or values.keys() != states[0][1].keys():
+            return False
+    return True
 
 
 @contextlib.contextmanager

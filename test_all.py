@@ -6928,7 +6928,7 @@ BAD = {
         --resume                        --resume needs --out
         --resume --out empty            --resume needs --out
         --resume --out newer            newer/config.json does not fit this program (shape): resume with
-        --resume --out wrong_type       wrong_type/config.json is damaged, or of another version (TypeError
+        --resume --out wrong_type       wrong_type/config.json does not fit this program (batch)
         --resume --out wrong_value      --batch -8: choose
         --resume --out no_json          no_json/config.json is not readable
         --resume --out damaged_results  damaged_results/results.json is not readable
@@ -7117,7 +7117,7 @@ def test_bad_input_is_named_before_anything_is_written(bad_files, program, flags
 def test_every_paper_refuses_bad_data_files_and_numbers(bad_files, program):
     for flags, fault in rows_of(OF_EVERY_PAPER):
         refuses(program, flags, fault)
-    fields = {f.name: getattr(f.type, "__origin__", f.type) for f in dataclasses.fields(program.Settings)}
+    fields = {f.name: common.value_type(f.type) for f in dataclasses.fields(program.Settings)}
     tried = [(name, value) for value, names in REFUSED.items() for name in names.split() if name in fields]
     assert {name for name, kind in fields.items() if kind in (int, float)} <= {name for name, _ in tried}
     for name, value in tried:
