@@ -1151,9 +1151,9 @@ def augment(x, colour=None, noise=None):
     if colour:
         jitter(x, colour, noise[:, :9])
         gray, blur, solar, amount = noise[:, 9:].unbind(1)
-        sigma = uniform_to(amount, *colour.sigma)
+        least, largest = colour.sigma
         change(x, gray < colour.p_gray, luma)
-        change(x, blur < colour.p_blur, functools.partial(gaussian_blur, largest=colour.sigma[1]), sigma)
+        change(x, blur < colour.p_blur, functools.partial(gaussian_blur, largest=largest), least + (largest - least) * amount)
         change(x, solar < colour.p_solarize, solarize)
     return standardise(x)
 
@@ -1185,11 +1185,6 @@ def jitter(x, colour, noise):
         chosen = jittered & (strength[kind] > 0)
         change(x, chosen & (kind < 3), adjust, amount, kind)
         change(x, chosen & (kind == 3), adjust_hue, amount)
-
-
-def uniform_to(u, low, high):
-    """Numbers of [0, 1) → [low, high)."""
-    return low + (high - low) * u
 
 
 def change(x, chosen, operation, *amounts):
@@ -1276,18 +1271,17 @@ def crop_box(dice, height, width, scale):
     largest central box of an allowed ratio. Not torchvision's is that the whole area, scale (1, 1), is the largest central
     square: of a wide picture nothing of an allowed ratio has it, and the box of 4/3 would be squeezed.
     """
-    if scale == (1, 1):
-        side = min(height, width)
-        return (height - side) // 2, (width - side) // 2, side, side
-    for _ in range(10):
+    whole = scale == (1, 1)
+    widest = 1 if whole else 4 / 3
+    for _ in range(0 if whole else 10):
         area = height * width * dice.uniform(*scale)
         ratio = math.exp(dice.uniform(math.log(3 / 4), math.log(4 / 3)))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return dice.randint(0, height - h), dice.randint(0, width - w), h, w
-    w = min(width, round(height * 4 / 3))
-    h = min(height, round(width * 4 / 3))
+    w = min(width, round(height * widest))
+    h = min(height, round(width * widest))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -1399,8 +1393,7 @@ def split_folder(data, split, labels=False):
 def find_files(folder, suffixes, ignored=None):
     """The paths of all files below a folder, sorted, whose name ends in one of the suffixes, in any case. Hidden files and
     folders (.DS_Store, ._1.jpg) do not count, links that lead back are not followed; `ignored` counts other suffixes."""
-    files, others = [], []
-    wanted = tuple(suffixes)
+    files, wanted = [], tuple(suffixes)
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".") and not leads_back(os.path.join(path, f))]
         inside = os.path.join(path, "")
@@ -1409,10 +1402,8 @@ def find_files(folder, suffixes, ignored=None):
                 continue
             if name.lower().endswith(wanted):
                 files.append(inside + name)
-            else:
-                others.append(name)
-    if ignored is not None:
-        ignored.update(os.path.splitext(name)[1].lower() for name in others)
+            elif ignored is not None:
+                ignored[os.path.splitext(name)[1].lower()] += 1
     return sorted(files)
 
 
@@ -2828,15 +2819,13 @@ def measured(training, draw):
     run, device = training.run, training.run.machine.device
     n = training.batch // world()
     reset_peak_memory(device)
-    for step in range(5):
-        if step == 2:
-            begin = synchronized_clock(device)
-        if step > 0:
-            yield draw()
-            continue
-        with FlopCounterMode(display=False) as counter:
-            yield draw()
-        multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
+    with FlopCounterMode(display=False) as counter:
+        yield draw()
+    multiply_adds = counter.get_total_flops() / 2 / n  # the counter gives FLOPs
+    yield draw()
+    begin = synchronized_clock(device)
+    for _ in range(3):
+        yield draw()
     seconds = (synchronized_clock(device) - begin) / 3
     run.report(training.stage, {
         "parameters/M": sum(p.numel() for p in parameters_of(training.state["optimizer"])) / 1e6,

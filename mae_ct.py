@@ -157,7 +157,6 @@ TABLE_10 = {
 }
 # The authors' code: A.1's MAE of two views, which count in its lr too; k of MAE-CT_aug's ViT-H
 AUTHORS = dict(mae_lr=3e-4)
-AUTHORS_HUGE = dict(k=20)
 # The built-in run: small enough for minutes on two CPU cores
 SHAPES = dict(
     model="vit_nano8", image_size=48, pool="mean", decoder_dim=64, decoder_depth=2, decoder_heads=4,
@@ -182,7 +181,7 @@ def presets(given):
     if authors:
         row |= AUTHORS
         if size == "h":
-            row |= AUTHORS_HUGE
+            row |= dict(k=20)
     if given.get("mae_views", authors and 2) == 2 or "combined" in given.get("stages", ""):
         row |= dict(mae_views=2, mae_epochs=800, mae_warmup_epochs=20, mae_batch=512 if size == "h" else 1024)
     if given.get("oracle"):
