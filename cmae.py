@@ -54,9 +54,9 @@ from torch import nn
 
 from common import (
     BatchSize, Colour, Count, Fraction, FromMinusOne, Number, Positive, Ratio, Run, RunSettings, Share, Training, View,
-    Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce,
+    Whole, adamw, augment, backward, check_batch, check_masking, draw_rows, ema_update, frozen_copy, info_nce,
     init_encoder, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize, open_run,
-    parameter_groups, parse_settings, random_masking, reconstruction_rows, save_encoder, set_lr, start_machine,
+    parameter_groups, parse_settings, random_masking, reconstruction_rows, save_encoder, set_lr, some_crops, start_machine,
     to_bytes, uniform, warmup_cosine, without_gradient, world,
 )  # fmt: skip
 from eval import FineTuning, check_tuning, evaluate, finetune, recipe
@@ -299,8 +299,7 @@ def pretrain(run, method, online, target, images, lambda_c):
 def picture(path, online, images, s, machine):
     """Eight images: the master crop, the target view; the online view, what is seen of it, what is made of that."""
     key = (s.seed, "picture")
-    count = min(8, len(images) // world()) * world()  # of which this rank has its part
-    data = next(batches(images, views_of(s), count, 0, 1, s.seed, machine))
+    data = some_crops(images, views_of(s), s.seed, machine)
     x_s, x_t = make_views(data, s, key)
     noise = block_noise(key, data.rows, online.F_s.grid, s.mask_block, machine.device)
     rows = [] if s.random_crops else [("master crop", data.views[0].cpu(), None)]

@@ -1786,6 +1786,12 @@ def batches(images, views, batch, first, total, seed, machine):
         yield Batch(cut, index, labels[index], rows, step // (len(images) // batch))
 
 
+def some_crops(images, views, seed, machine):
+    """A Batch of up to eight samples of this process, for pictures."""
+    count = min(8, len(images) // world()) * world()
+    return next(batches(images, views, count, 0, 1, seed, machine))
+
+
 def shuffled(count, batch, first, total, seed):
     """Yields (epoch, indices [batch // world]) of steps first … total − 1. An epoch is a permutation, cut into global
     batches (the rest is left out) and into equal parts for the ranks: 1 or 8 processes see the same global batches."""

@@ -48,10 +48,10 @@ from torch import nn
 
 from common import (
     BatchNorm, BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training,
-    View, Whole, adamw, augment, backward, batches, check_batch, check_masking, draw_rows, gather, init_encoder,
+    View, Whole, adamw, augment, backward, check_batch, check_masking, draw_rows, gather, init_encoder,
     init_weights, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize,
     nt_xent, open_run, parameter_groups, parse_settings, print0, promote, random_masking, reconstruction_rows,
-    save_encoder, set_lr, start_machine, uniform, warmup_cosine, world,
+    save_encoder, set_lr, some_crops, start_machine, uniform, warmup_cosine,
 )  # fmt: skip
 from eval import cached_probe, evaluate, features, knn
 
@@ -306,8 +306,7 @@ def picture_pairs(path, encoder, decoder, videos, run):
     """Eight pairs of frames, first i, then j: each, what the encoder sees of it, the decoder's reconstruction."""
     s = run.settings
     views = [View(s.image_size, (1.0, 1.0), flip=False)] * 2
-    count = min(8, len(videos) // world()) * world()  # this rank's part of it is drawn
-    data = next(batches(videos, views, count, 0, 1, s.seed, run.machine))
+    data = some_crops(videos, views, s.seed, run.machine)
     noise = uniform((s.seed, "picture"), data.rows, 2, math.prod(encoder.grid), device=run.machine.device)
     rows = []
     for view, n in zip(data.views, noise.unbind(1)):
