@@ -327,8 +327,8 @@ class ConvStem(nn.Module):
         super().__init__()
         need(patch_size % 4 == 0, f"a convolutional stem needs a patch size divisible by 4, not {patch_size}")
         widths = (8 * round(dim / 24), dim // 2, dim)
-        strides = (patch_size // 4, 2, 2)
-        self.down = nn.ModuleList(nn.Conv2d(i, o, k, k) for i, o, k in zip((3, *widths), widths, strides))
+        sizes = zip((3, *widths), widths, (patch_size // 4, 2, 2))
+        self.down = nn.ModuleList(nn.Conv2d(i, o, stride, stride) for i, o, stride in sizes)
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths)
         self.stages = nn.ModuleList(nn.ModuleList([ConvBlock(w), ConvBlock(w)]) for w in widths[:2])
         self.fc = nn.Linear(dim, dim)
@@ -841,7 +841,8 @@ def parameter_groups(module, lr, weight_decay, layer_decay=1.0):
     lr · layer_decay^(depth − i), the stem with layer_decay^(depth + 1), the final norm with lr.
     """
     groups = {}
-    norms = {p for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}  # [H, D] for H heads
+    norms = [m.parameters() for m in module.modules() if isinstance(m, BatchNorm)]
+    norms = set(itertools.chain(*norms))  # [H, D] for H heads
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
@@ -1260,7 +1261,8 @@ def gaussian_blur(x, sigma, largest=2.0):
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # [N · 3, 1, taps]
     x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
-    x = F.conv2d(F.conv2d(x, kernel[:, :, None], groups=n * c), kernel[..., None], groups=n * c)
+    x = F.conv2d(x, kernel[:, :, None], groups=n * c)
+    x = F.conv2d(x, kernel[..., None], groups=n * c)
     return x.view(n, c, h, w)
 
 
@@ -1315,10 +1317,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
 
 
-def load_splits(data, labels=False, val=True, **how):
+def load_splits(data, labels=False, val=True, load=None, **how):
     """(training images, validation images), the latter None if not wanted (`val`), or where there are no labels or no val/
-    or test/ to evaluate on. Videos with a `gap` (load_videos), else images (load_images)."""
-    load = load_videos if "gap" in how else load_images
+    or test/ to evaluate on. `load` is load_images or load_videos, `how` what else it takes."""
+    load = load or load_images
     train = load(data, "train", labels, **how)
     if not val:
         return train, None
@@ -2081,7 +2083,8 @@ class Dice:
 
     def shade(self):
         """A coarse grid of shades [n (· T), 3, 3, 3]."""
-        return torch.stack([self.each_frame(self.between(-0.1, 0.1)) for _ in range(27)], 1).view(-1, 3, 3, 3)
+        shades = [self.each_frame(self.between(-0.1, 0.1)) for _ in range(27)]
+        return torch.stack(shades, 1).view(-1, 3, 3, 3)
 
     def shades(self, c):
         """Two colours of an object of class c, light and dark; classes c and c + 5 share their hue."""

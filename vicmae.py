@@ -49,7 +49,7 @@ from torch import nn
 from common import (
     BatchNorm, BatchSize, Colour, Count, FromMinusOne, Number, Positive, Ratio, RunSettings, Share, Stills, Training,
     View, Whole, adamw, augment, backward, check_batch, check_masking, draw_rows, gather, init_encoder,
-    init_weights, launch, load_splits, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize,
+    init_weights, launch, load_splits, load_videos, mae_loss, mlp_head, need, new_decoder, new_encoder, normalize,
     nt_xent, open_run, parameter_groups, parse_settings, print0, promote, random_masking, reconstruction_rows,
     save_encoder, set_lr, some_crops, start_machine, uniform, warmup_cosine,
 )  # fmt: skip
@@ -330,7 +330,7 @@ def prepare(argv):
     machine = start_machine(s.precision, s.workers)
     encoder, _, _ = models(s, methods[0])
     check_masking(encoder.grid, s.mask_ratio)
-    train, val = load_splits(s.data, val=s.eval and not s.cost, gap=s.gap)
+    train, val = load_splits(s.data, val=s.eval and not s.cost, load=load_videos, gap=s.gap)
     check_batch(s, train, s.batch, s.epochs)
     images = None
     if s.images and not s.cost:
