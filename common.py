@@ -109,16 +109,16 @@ def model_size(name):
     return (match[1], int(match[2])) if match else ("", 0)
 
 
-def build_vit(name, image_size, heads=0, stem="patch", **kind):
+def build_vit(name, image_size, pool="cls", stem="patch", heads=0, **kind):
     """A ViT by name: `vit_` + a size of VIT_SIZES + the patch size in pixels, such as vit_l16, vit_2b14, vit_nano4.
-    With the stem "conv" it has one block less, and so as many parameters. `heads` other than the size's; `kind`: pool,
+    With the stem "conv" it has one block less, and so as many parameters. `heads` other than the size's; `kind`:
     post_norm and checkpoint_blocks of ViT."""
     size, patch_size = model_size(name)
     known = ", ".join(VIT_SIZES)
     need(size in VIT_SIZES, f"unknown model {name!r}: write vit_SIZE PATCH in one word (vit_b16); sizes are {known}")
     dim, depth, usual_heads = VIT_SIZES[size]
     depth -= stem == "conv"
-    kind |= dict(stem=stem, mlp_ratio=MLP_RATIO.get(size, 4))
+    kind |= dict(pool=pool, stem=stem, mlp_ratio=MLP_RATIO.get(size, 4))
     return ViT(image_size, patch_size, dim, depth, heads or usual_heads, **kind)
 
 
@@ -2355,8 +2355,8 @@ def check_masking(grid, *ratios):
 
 def new_encoder(s, pool="cls", **kind):
     """The encoder that settings ask for, with the weights of --init; `kind` as of build_vit."""
-    kind |= dict(pool=pool, checkpoint_blocks=s.checkpoint_blocks)
-    encoder = build_vit(s.model, s.image_size, s.attention_heads, **kind)
+    kind |= dict(checkpoint_blocks=s.checkpoint_blocks, heads=s.attention_heads)
+    encoder = build_vit(s.model, s.image_size, pool, **kind)
     has_checkpoint = s.resume and any((Path(s.out) / name).exists() for name in CHECKPOINTS)  # with the encoder's weights
     if s.init and not has_checkpoint:
         init_encoder(encoder, s.init)
@@ -2626,7 +2626,8 @@ class Training:
                 begin_log(self.run, self.stage, self.step)
                 if self.run.settings.tensorboard and rank() == 0:
                     folder = self.run.folder / "tensorboard" / self.stage
-                    self.scalars = at_end.enter_context(summary_writer()(folder, purge_step=self.step))
+                    self.scalars = summary_writer()(folder, purge_step=self.step)
+                    at_end.callback(self.scalars.close)
             for self.step in itertools.count(self.step):
                 data = self.signals.wait_for(stream)
                 if data is None:

@@ -3401,7 +3401,7 @@ def start_job(
     if scratch:
         torch.manual_seed(of_protocol.get("seed", 0))
         size = image_size or (48 if data in ("shapes", "moving_shapes") else 224)
-        model = build_vit(scratch, size, attention_heads or 0, pool=pool or "cls")
+        model = build_vit(scratch, size, pool or "cls", heads=attention_heads or 0)
         encoder = Path("runs", scratch, "encoder.pt")  # where it would be
     else:
         model = load_encoder(encoder, image_size, pool, attention_heads)
