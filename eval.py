@@ -2889,10 +2889,32 @@ def sample(count, share, key, rows, labels):
     return objects, others
 
 
+class ProposalConvolutions(nn.Module):
+    """Two convolutions of the proposals, each with a norm and ReLU: a list of maps [n, C, h, w] → alike. A BatchNorm sees the
+    positions of all maps together, so that its running statistics are those of each step."""
+
+    def __init__(self, width, norm):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(norm(width) for _ in range(2))
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=0.01)  # torchvision's
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, maps):
+        for layer, norm in zip(self.layers, self.norms):
+            maps = [layer(m) for m in maps]
+            rows = norm(torch.cat([m.flatten(2) for m in maps], 2)).relu()
+            parts = rows.split([m.shape[2:].numel() for m in maps], 2)
+            maps = [part.view_as(m) for part, m in zip(parts, maps)]
+        return maps
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN (He et al. 2017) on a Pyramid, as Li et al. 2021 (arXiv 2111.11429) build it: FPN; a region proposal network
-    with two convolutions; four convolutions and a linear layer for boxes, four for masks; BatchNorm over all ranks in all but
-    the proposals. With the last block's pyramid it is ViTDet's: LayerNorm, no FPN, but no decomposed relative positions.
+    with two convolutions; four convolutions and a linear layer for boxes, four for masks; BatchNorm over all ranks in all of
+    them (mmdetection has none in the proposals). With the last block's pyramid it is ViTDet's: LayerNorm, none in the
+    proposals, no FPN, but no decomposed relative positions.
 
     torchvision's parts, which differ from theirs: smooth L1 (β = 1/9) for boxes, RoIAlign without its shift of half a pixel.
 
@@ -2905,9 +2927,9 @@ class Detector(MaskRCNN):
     def __init__(self, encoder, classes, size, pyramid="four", window=14, relative=True, width=256, rois=512):
         patch, depth, grid = encoder.patch_size, encoder.depth, (size // encoder.patch_size,) * 2
         backbone = Backbone(encoder, [depth * i // 4 for i in (1, 2, 3, 4)], window, grid if relative else None)
-        neck, norm, pyramid_norm = FeaturePyramidNetwork, MapNorm, partial(nn.GroupNorm, 32)
+        neck, norm, rpn_norm, pyramid_norm = FeaturePyramidNetwork, MapNorm, MapNorm, partial(nn.GroupNorm, 32)
         if pyramid == "last":
-            neck, norm, pyramid_norm = SimpleNeck, LayerNorm2d, LayerNorm2d
+            neck, norm, rpn_norm, pyramid_norm = SimpleNeck, LayerNorm2d, nn.Identity, LayerNorm2d
         maps = Pyramid(backbone, pyramid == "last", pyramid_norm)
         neck = neck(maps.widths, width, LastLevelMaxPool(), norm)
         neck.out_channels = width
@@ -2915,7 +2937,7 @@ class Detector(MaskRCNN):
         super().__init__(
             neck,
             rpn_anchor_generator=AnchorGenerator([[side * patch] for side in (2, 4, 8, 16, 32)], [[0.5, 1.0, 2.0]] * 5),
-            rpn_head=RPNHead(width, 3, conv_depth=2),
+            rpn_head=RPNHead(width, 3, conv_depth=0),
             rpn_pre_nms_top_n_train=4 * rois,
             rpn_pre_nms_top_n_test=2 * rois,
             rpn_post_nms_top_n_train=2 * rois,
@@ -2928,6 +2950,7 @@ class Detector(MaskRCNN):
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
         )
         self.pyramid, self.size, self.rois = maps, (size, size), rois
+        self.rpn.convolutions = ProposalConvolutions(width, rpn_norm)
         for part in (self.rpn.head, self.roi_heads.box_predictor):
             part.register_forward_hook(at_least_float32)
 
@@ -2935,11 +2958,11 @@ class Detector(MaskRCNN):
         """The pyramid's maps → {name: map [n, width, h, w]}, a fifth one half as fine as the fourth."""
         return self.backbone(dict(zip("0123", maps)))
 
-    def propose(self, levels, targets=None):
-        """torchvision's proposals [P, 4] of each image of `neck`, and with targets its losses."""
-        n = len(levels["0"])
+    def propose(self, maps, targets=None):
+        """torchvision's proposals [P, 4] of each image, of maps that went through `rpn.convolutions`; with targets its losses."""
+        n = len(maps[0])
         images = ImageList(torch.empty(n, 3, *self.size, device="meta"), [self.size] * n)
-        return self.rpn(images, levels, targets)
+        return self.rpn(images, dict(enumerate(maps)), targets)
 
     def losses(self, maps, targets, key, rows):
         """Of each image {"rpn", "boxes", "masks"}: [n], each divided by what is trained on in this image (torchvision divides
@@ -2949,10 +2972,11 @@ class Detector(MaskRCNN):
             maps: of the pyramid; targets: of each image {boxes [m, 4], labels [m], masks [m, S, S]}; key, rows [n]: of draws.
         """
         levels, heads = self.neck(maps), self.roi_heads
+        maps = self.rpn.convolutions(levels.values())
         proposals, rpn = [], []
         for i, (target, row) in enumerate(zip(targets, rows.split(1))):
             self.rpn.fg_bg_sampler = partial(sample, 256, 0.5, (*key, "anchors"), row)
-            boxes, losses = self.propose({name: m[i : i + 1] for name, m in levels.items()}, [target])
+            boxes, losses = self.propose([m[i : i + 1] for m in maps], [target])
             proposals += boxes
             rpn.append(sum(losses.values()))
         heads.fg_bg_sampler = partial(sample, self.rois, 0.25, (*key, "proposals"), rows)
@@ -2978,7 +3002,7 @@ class Detector(MaskRCNN):
         """Objects of standardised images x [n, 3, S, S]: of each {boxes [m, 4], labels [m], scores [m], masks [m, H, W]}, in
         the pixels of the original images; sizes: their (H, W), of which the longer side filled S."""
         levels = self.neck(self.pyramid(x))
-        proposals, _ = self.propose(levels)
+        proposals, _ = self.propose(self.rpn.convolutions(levels.values()))
         found, _ = self.roi_heads(levels, proposals, [self.size] * len(x))
         for one, (height, width) in zip(found, sizes):
             limits = torch.tensor([width, height] * 2, device=x.device)

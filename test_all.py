@@ -4724,17 +4724,34 @@ def test_losses_of_an_image_are_those_that_torchvision_gives_for_it_alone(in_flo
     x, targets = targets_of(rectangles(4), 4)
     maps, rows = model.pyramid(x), torch.tensor([5, 6, 7, 8])
     losses = model.losses(maps, targets, (0, 3), rows)
+    first, second = ((layer.weight, layer.bias) for layer in model.rpn.convolutions.layers)
     for i, row in enumerate(rows.split(1)):
         levels = model.backbone({str(k): m[i : i + 1] for k, m in enumerate(maps)})
         image = protocols.ImageList(x[i : i + 1], [(32, 32)])
         model.rpn.fg_bg_sampler = partial(protocols.sample, 256, 0.5, (0, 3, "anchors"), row)
-        proposals, of_rpn = model.rpn(image, levels, targets[i : i + 1])
+        shared = [F.conv2d(m, *first, padding=1).relu() for m in levels.values()]
+        shared = [F.conv2d(m, *second, padding=1).relu() for m in shared]
+        proposals, of_rpn = model.rpn(image, dict(enumerate(shared)), targets[i : i + 1])
         model.roi_heads.fg_bg_sampler = partial(protocols.sample, 16, 0.25, (0, 3, "proposals"), row)
         _, of_heads = model.roi_heads(levels, proposals, [(32, 32)], targets[i : i + 1])
         assert error(losses["rpn"][i], of_rpn["loss_objectness"] + of_rpn["loss_rpn_box_reg"]) < 1e-10
         assert error(losses["boxes"][i], of_heads["loss_classifier"] + of_heads["loss_box_reg"]) < 1e-10
         assert abs(losses["masks"][i] - of_heads["loss_mask"]) < 1e-10
     assert losses["masks"][2] == 0 < losses["masks"][0]  # the third has no objects
+
+
+def test_the_proposals_batch_norm_is_that_of_all_maps_together():
+    layers = randomized(protocols.ProposalConvolutions(3, protocols.MapNorm))
+    maps = [normal(2, 3, side, side + 1) for side in (8, 4, 2)]
+    first, second = layers.layers
+    flat = torch.cat([F.conv2d(m, first.weight, first.bias, padding=1).flatten(2) for m in maps], 2)
+    norm = nn.BatchNorm1d(3).double()
+    norm.load_state_dict(layers.norms[0].state_dict(), strict=False)
+    middle = [part.unflatten(2, m.shape[2:]).relu() for part, m in zip(norm(flat).split([72, 20, 6], 2), maps)]
+    flat = torch.cat([F.conv2d(m, second.weight, second.bias, padding=1).flatten(2) for m in middle], 2)
+    expected = F.batch_norm(flat, None, None, layers.norms[1].weight, layers.norms[1].bias, training=True).relu()
+    assert error(torch.cat([m.flatten(2) for m in layers(maps)], 2), expected) < 1e-12
+    assert error(layers.norms[0].running_var, norm.running_var) < 1e-12
 
 
 def test_images_without_objects_alone_have_finite_losses_and_gradients():
