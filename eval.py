@@ -960,7 +960,7 @@ class FineTuning:
     blocks: FromMinusOne = -1  # last blocks that are tuned; all of them, or -1: stem and [CLS] too; 0: the classifier alone
     epochs: Positive = 100  # over the training images
     warmup: Fraction = 0.05  # share of the steps: 5 epochs
-    batch: BatchSize = 1024  # global: of all processes together
+    batch: Count = 1024  # global: of all processes together
     lr: Positive = 1e-3  # highest learning rate, at batch 256
     min_lr: Number = 0.0  # learning rate at which the cosine ends
     clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
@@ -2534,7 +2534,7 @@ def run_segment(
     *,
     head: Literal["linear", "upernet"] = "linear",  # of frozen features (MIM-Refiner), or tuned with the encoder (CMAE)
     epochs: Positive | None = None,  # default 50, on the built-in images 4; of UperNet 160 000 steps, on them 0.5
-    batch: BatchSize | None = None,  # global: of all processes together; default 16
+    batch: Count | None = None,  # global: of all processes together; default 16
     relative: bool = True,  # relative position bias; this and all that follow: of UperNet
     cost: bool = False,  # train nothing: print what a step costs
     **given,
@@ -2558,6 +2558,7 @@ def run_segment(
         else:
             size = job.image_size or 512
         s = given_settings(given | chosen, train, job.data, "mae", job.encoder, **changes)
+        need(s.batch > 1 or cost, "--batch 1: UperNet's BatchNorm of the whole image has one value to learn from; only with --cost")
         settings = dict(head=head, size=size, relative=relative) | dataclasses.asdict(s)
         run = Run(job.machine, RunSettings(cost=True)) if cost else job.open_run(settings, s.clip_grad)
         result, predict = upernet(job.encoder, train, val, run, s, size, relative)

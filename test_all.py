@@ -4372,8 +4372,12 @@ def test_upernet_is_trained_by_mmsegmentations_recipe_for_mae(tmp_path):
     assert (steps, s.batch, size, relative) == (160_000, 16, 512, True)
     rates = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
     assert rates == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
-    with pytest.raises(InputError, match="--lr --cost: only with --head upernet"):
-        main("segment", "--lr 1 --cost --encoder", tmp_path / "encoder.pt", "--data", data, program=protocols)
+    for flags, message in [
+        ("--lr 1 --cost", "--lr --cost: only with --head upernet"),
+        ("--head upernet --batch 1", "--batch 1: UperNet's BatchNorm .* only with --cost"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            main("segment", flags, "--encoder", tmp_path / "encoder.pt", "--data", data, program=protocols)
 
 
 def test_upernets_head_is_the_formula_with_torchs_modules():
@@ -4908,15 +4912,18 @@ def test_what_no_detector_can_use_is_named_before_the_work(with_rectangles, monk
     assert not Path("detect.run").exists()
 
 
-def test_the_cost_of_a_detection_step_is_printed_and_nothing_is_written(with_rectangles):
+@pytest.mark.parametrize("flags", ["detect", "segment --head upernet"])
+def test_the_cost_of_a_step_of_one_image_is_printed_and_nothing_is_written(with_rectangles, flags):
     before = sorted(Path().iterdir())
     with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as out:
-        protocols.main([*DETECT.split(), "--cost"])
+        protocols.main([*flags.split(), *DETECT.split()[1:], "--batch", "1", "--cost"])
     lines = out.getvalue().splitlines()
-    table = {line[:16].strip(): float(line[16:].split()[0]) for line in lines[lines.index(f"{'detect':>29}") + 1 :]}
+    name = flags.split()[0]
+    table = {line[:16].strip(): float(line[16:].split()[0]) for line in lines[lines.index(f"{name:>29}") + 1 :]}
     assert ended.value.code == 0 and sorted(Path().iterdir()) == before
     count = sum(p.numel() for p in detector().parameters() if p.requires_grad)
-    assert table["parameters/M"] == pytest.approx(count / 1e6, abs=0.1) and table["images/s"] > 0
+    assert name == "segment" or table["parameters/M"] == pytest.approx(count / 1e6, abs=0.1)
+    assert table["madds/M"] > 0 and table["images/s"] > 0
 
 
 def test_a_detector_learns_to_find_rectangles():
