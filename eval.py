@@ -108,7 +108,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import (
+    Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign, box_area, box_convert, clip_boxes_to_image, masks_to_boxes,
+)  # fmt: skip
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomErasing
@@ -2074,45 +2076,50 @@ class RelativeBias(nn.Module):
         return of_keys.flip(1, 2).flatten(3).flatten(1, 2)
 
 
-class Backbone(nn.Module):
-    """An encoder's maps after some of its blocks, of images of any size.
+class Pyramid(nn.Module):
+    """Four maps of an encoder, which the modules of `scaling` bring to strides of 4 to 32 for patches of 16 pixels: of four
+    blocks (Li et al. 2021, arXiv 2111.11429; mmsegmentation's BEiT and MAE), or all of the last (ViTDet, arXiv 2203.16527). A
+    convolutional stem has the two finest maps itself (ConvMAE), the others are of the last block.
 
     Positions are interpolated to the grid. [CLS] is left out, as in ViTDet: windows have no place for it.
 
     Args:
-        encoder: a ViT; blocks: numbers of the blocks from 1, in rising order.
-        window: side in patches of the windows within which all other blocks attend (14 in Li et al. 2021, arXiv 2111.11429);
-            0: all blocks attend to the whole grid. Zeros fill a grid up to whole windows; they are attended to, as in ViTDet.
-        grid: (rows, columns) of the images, where every block gets a `RelativeBias`; None: none does.
+        encoder: a ViT; blocks: numbers of the blocks from 1, in rising order; shape: (H, W) of the images.
+        window: side in patches of the windows within which all other blocks attend (14 in Li et al.); 0: all blocks attend to
+            the whole grid. Zeros fill a grid up to whole windows; they are attended to, as in ViTDet.
+        relative: whether each block has a `RelativeBias`; last: whether only the last block's map is used.
     """
 
-    def __init__(self, encoder, blocks, window=0, grid=None):
+    def __init__(self, encoder, blocks, shape, window=0, relative=True, last=False):
         super().__init__()
-        self.encoder, self.blocks, self.window = encoder, blocks, window
-        self.biases = nn.ModuleList()
-        for i in range(1, encoder.depth + 1 if grid else 1):
-            self.biases.append(RelativeBias(encoder.config["heads"], *self.attended(i, grid)))
-
-    def attended(self, i, grid):
-        """(rows, columns) of what block i attends to on a grid."""
-        return grid if i in self.blocks or not self.window else (self.window, self.window)
+        patch = encoder.patch_size
+        fits = all(side % patch == 0 for side in shape)
+        need(fits, f"--image_size {shape[0]} is not divisible by the patch size {patch}")
+        need(encoder.depth >= 4, f"the encoder has {encoder.depth} blocks, expected at least the 4 whose maps are used")
+        self.encoder, self.blocks, self.last = encoder, blocks, last
+        self.grid = tuple(side // patch for side in shape)
+        self.windows = [(window, window) if window else self.grid] * encoder.depth
+        for i in blocks:
+            self.windows[i - 1] = self.grid
+        heads = encoder.config["heads"]
+        self.biases = nn.ModuleList(RelativeBias(heads, *sides) for sides in self.windows if relative)
 
     def forward(self, x, drop=None):
-        """Standardised images [n, 3, H, W] and drop-path factors (see ViT) → a map [n, D, h, w] of each of the blocks, and the
-        finer maps that the stem has: [n, D/3, 4h, 4w] and [n, D/2, 2h, 2w] if it is convolutional."""
+        """Standardised images [n, 3, H, W] and drop-path factors (see ViT) → maps, before they are scaled: [n, D, rows,
+        columns], a convolutional stem's two finer ones [n, D/3, 4 · rows, 4 · columns] and [n, D/2, 2 · rows, 2 · columns]."""
         encoder = self.encoder
         *finer, x = encoder.patch_embed(x, drop=drop)
-        grid = tuple(x.shape[2:])
-        tokens = x.movedim(1, -1).flatten(1, 2) + resize_positions(encoder.pos_embed, encoder.grid, grid)[:, 1:]
-        x = encoder.embed_norm(tokens).unflatten(1, grid)
+        positions = resize_positions(encoder.pos_embed, encoder.grid, self.grid)[:, 1:]
+        x = encoder.embed_norm(x.flatten(2).mT + positions).unflatten(1, self.grid)
         maps = []
-        for i, block in enumerate(encoder.stack(), 1):
-            block_drop = None if drop is None else drop[:, i - 1 - encoder.depth]
-            bias = self.biases[i - 1]() if self.biases else None
-            x = in_windows(block, x, self.attended(i, grid), block_drop, bias)
-            if i in self.blocks:
+        for i, block in enumerate(encoder.stack()):
+            block_drop = None if drop is None else drop[:, i - encoder.depth]
+            x = in_windows(block, x, self.windows[i], block_drop, self.biases[i]() if self.biases else None)
+            if i + 1 in self.blocks:
                 maps.append(x.movedim(-1, 1))
-        return maps, finer
+        if self.last or finer:
+            maps = [*finer, *maps[-1:] * (4 - len(finer))]
+        return maps
 
 
 def in_windows(block, x, window, drop=None, bias=None):
@@ -2129,50 +2136,66 @@ def in_windows(block, x, window, drop=None, bias=None):
 
 
 class MapNorm(BatchNorm):
-    """BatchNorm2d over all ranks: [n, C, h, w] → alike, at least float32; n may differ between ranks."""
+    """BatchNorm2d over all ranks: [n, C, …] → alike, at least float32; n may differ between ranks."""
 
     def forward(self, x):
         rows = x.movedim(1, -1)
         return super().forward(rows.flatten(0, -2)).view(rows.shape).movedim(-1, 1)
 
 
-class Pyramid(nn.Module):
-    """Four maps of an encoder, on grids 4 and 2 times as fine as that of its patches, as fine, and half as fine: of strides 4
-    to 32 for patches of 16 pixels.
+def scaling(pyramid, norm=partial(nn.GroupNorm, 32)):
+    """(Modules of a Pyramid's four maps, the channels of what they give): 4 and 2 times as fine as patches by transposed
+    convolutions, as fine, half as fine by max-pooling. norm: of maps, given their channels."""
+    dim = pyramid.encoder.dim
+    coarse = nn.Identity(), nn.MaxPool2d(2)
+    if pyramid.encoder.config["stem"] == "conv":
+        widths = [norm.normalized_shape[0] for norm in pyramid.encoder.patch_embed.norms]
+        return nn.ModuleList([nn.Identity(), nn.Identity(), *coarse]), [*widths, dim]
+    half, quarter = (dim // 2, dim // 4) if pyramid.last else (dim, dim)
+    twice, again = nn.ConvTranspose2d(dim, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
+    finest = nn.Sequential(twice, norm(half), nn.GELU(), again)
+    return nn.ModuleList([finest, nn.ConvTranspose2d(dim, half, 2, 2), *coarse]), [quarter, half, dim, dim]
 
-    From four blocks by transposed convolutions, identity and max-pooling (Li et al. 2021; mmsegmentation's BEiT and MAE); or
-    all from the last block (ViTDet, arXiv 2203.16527). A convolutional stem has the two finest maps itself (ConvMAE), the
-    others are of the last block.
+
+def tune_on_maps(model, stage, stream, objective, schedule, count, s, run):
+    """The loop of UperNet and of detection (CMAE 4.3): AdamW with betas 0.9 and 0.999, lr · batch / 256, layer-wise decay and
+    drop path in the encoder. With --cost it prints what a step costs and ends the program.
 
     Args:
-        backbone: a Backbone of four blocks; last: only the last one's map is used; norm: a norm of maps, given their channels.
+        model: has `pyramid`, whose encoder is tuned, and what else is new; stream: a function from a Training to its batches
+        from its step on, (x [n, 3, H, W], targets); objective: (targets, key, rows [n], *maps of the pyramid) -> (loss,
+        {name: what is logged too}); schedule: as `warmup_cosine`; count: training images; s: FineTuning.
     """
+    pyramid, precision = model.pyramid, run.machine.precision
+    encoder = pyramid.encoder
+    new = nn.ModuleList([pyramid.biases, *(m for m in model.children() if m is not pyramid)])
+    peak = s.lr * s.batch / 256
+    groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
+    optimizer = adamw(groups, betas=(0.9, 0.999))
+    training = Training(run, stage, dict(model=model, optimizer=optimizer), count, s.batch, s.epochs)
+    rows = part_of_rank(torch.arange(s.batch))
 
-    def __init__(self, backbone, last=False, norm=partial(nn.GroupNorm, 32)):
-        super().__init__()
-        self.backbone, self.last = backbone, last
-        dim = backbone.encoder.dim
-        self.widths = [dim] * 4
-        self.scales = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Identity(), nn.MaxPool2d(2)])
-        if backbone.encoder.config["stem"] == "conv":
-            self.widths[:2] = [norm.normalized_shape[0] for norm in backbone.encoder.patch_embed.norms[:2]]
-            return
-        half, quarter = (dim // 2, dim // 4) if last else (dim, dim)
-        self.widths[:2] = [quarter, half]
-        twice, again = nn.ConvTranspose2d(dim, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
-        self.scales[0] = nn.Sequential(twice, norm(half), nn.GELU(), again)
-        self.scales[1] = nn.ConvTranspose2d(dim, half, 2, 2)
+    def encode(x, drop):
+        return tuple(pyramid(x, drop)), None
 
-    def maps(self, x, drop=None):
-        """Standardised images [n, 3, H, W] → four maps [n, C, h, w], C = `widths`, before they are scaled; drop: see ViT."""
-        maps, finer = self.backbone(x, drop)
-        if self.last or finer:
-            maps = [*finer, *maps[-1:] * (4 - len(finer))]
-        return maps
-
-    def forward(self, x, drop=None):
-        """`maps`, scaled."""
-        return [scale(m) for scale, m in zip(self.scales, self.maps(x, drop))]
+    data = stream(training)
+    if run.settings.cost:
+        data = measured(training, partial(tuple, next(data)))
+    for x, targets in training.steps(data):
+        key = s.seed, training.step
+        drop = None
+        if s.drop_path:
+            noise = uniform((*key, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
+            drop = drop_path(s.drop_path, noise)
+        # in one piece: objective(targets, key, rows, *encode(x, drop)[0])[0].backward()
+        loss, parts = backward(encode, partial(objective, targets, key, rows), (x, drop), s.micro_batch, precision)
+        set_lr(optimizer, schedule(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
+        _, means = training.take_step(optimizer, loss, **parts)
+        training.log(means)
+        training.save_if_due()
+    if run.settings.cost:
+        print_table(run.results)
+        raise SystemExit(0)
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation
@@ -2186,16 +2209,11 @@ class Annotated(Images):
 
     maps: torch.Tensor | np.ndarray = None  # [N, H, W] uint8, or [N] names of files as bytes
 
-    def open_map(self, i):
-        """Label map i as a PIL image, of the size of image i."""
-        if isinstance(self.maps, torch.Tensor):
-            return Image.fromarray(self.maps[i].numpy())
-        return Image.open(os.fsdecode(self.maps[i]))
-
     def open_both(self, i):
         """Image i and its label map. If the map has another size, colours, or a number that is no class, the image is
         unreadable: another takes its place, and its name is printed."""
-        image, labels = self.open(i), self.open_map(i)
+        image, labels = self.open(i), self.maps[i]
+        labels = Image.open(os.fsdecode(labels)) if isinstance(labels, bytes) else Image.fromarray(labels.numpy())
         if image.size != labels.size or len(labels.getbands()) > 1:
             raise ValueError(f"its label map is {labels.size} {labels.mode}, expected {image.size} in one channel")
         if (largest := labels.getextrema()[1]) > len(self.classes):
@@ -2211,16 +2229,20 @@ def load_annotated(data, split, classes=150):
         maps = 1 + torch.where(images.masks, 1 + images.labels[:, None, None], 0).byte()
         return Annotated(images.labels, ["background", *images.classes], pixels=images.pixels, maps=maps)
     part = {"train": "training", "val": "validation"}[split]
-    pictures, annotations = Path(data, "images", part), Path(data, "annotations", part)
+    folder = Path(data, "images", part)
+    files = find_files(folder, SUFFIXES)
     layout = "ADE20K's layout, images/ and annotations/ with training/ and validation/ in each"
-    need(pictures.is_dir(), f"--data {data}: there is no {pictures}; give `shapes` or a folder of {layout}")
-    files = find_files(pictures, SUFFIXES)
-    need(files, f"--data {data}: no images in {pictures}")
-    maps = [annotations / f"{Path(file).stem}.png" for file in files]
+    need(files, f"--data {data}: there is no {folder} with images; give `shapes` or a folder of {layout}")
+    maps = [Path(data, "annotations", part, f"{Path(file).stem}.png") for file in files]
     for path in maps:
         need(path.is_file(), f"--data {data}: no label map {path}; every image needs one")
     labels = torch.full((len(files),), -1)
     return Annotated(labels, list(range(1, classes + 1)), files=file_names(files), maps=file_names(maps))
+
+
+def to_labels(label_map):
+    """A label map as uint8 [H, W]."""
+    return torch.from_numpy(np.array(label_map, np.uint8))
 
 
 @dataclass
@@ -2233,20 +2255,20 @@ class AnnotatedCrop:
     seed: int = None
 
     def __call__(self, images, epoch, index):
-        image, labels = images.open_both(index)
-        image = self.cut(image, InterpolationMode.BICUBIC, epoch, index)
-        labels = np.array(self.cut(labels, InterpolationMode.NEAREST, epoch, index))
-        return [to_uint8(image), torch.from_numpy(labels.astype(np.uint8))]
-
-    def cut(self, picture, mode, epoch, index):
-        """The same crop of either picture."""
+        both = images.open_both(index)
         square = [self.size, self.size]
-        if self.seed is None:
-            return v2.center_crop(v2.resize(picture, [self.size], mode), square)
         dice = random.Random(repr((self.seed, epoch, index)))
-        box = crop_box(dice, picture.height, picture.width, (0.08, 1.0))
-        picture = v2.resized_crop(picture, *box, square, mode)
-        return v2.horizontal_flip(picture) if dice.random() < 0.5 else picture
+        box = crop_box(dice, both[0].height, both[0].width, (0.08, 1.0))
+        flipped = dice.random() < 0.5
+        cut = []
+        for picture, mode in zip(both, (InterpolationMode.BICUBIC, InterpolationMode.NEAREST)):
+            if self.seed is None:
+                picture = v2.center_crop(v2.resize(picture, [self.size], mode), square)
+            else:
+                picture = v2.resized_crop(picture, *box, square, mode)
+                picture = v2.horizontal_flip(picture) if flipped else picture
+            cut.append(picture)
+        return [to_uint8(cut[0]), to_labels(cut[1])]
 
 
 def annotated_batches(images, order, crop, machine):
@@ -2285,8 +2307,7 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS):
         {"miou": in percent, of one confusion matrix of all validation pixels, "lr", "miou_by_lr", "blocks"}, and a function
         of standardised images [n, 3, S, S] that gives the best classifier's classes [n, S, S].
     """
-    machine = run.machine
-    size = encoder.config["image_size"]
+    machine, size = run.machine, encoder.config["image_size"]
     blocks = [b for b in range(encoder.depth, encoder.depth - 13, -4) if b > 0]
     torch.manual_seed(0)
     probes = Probes(len(lrs), encoder.dim * len(blocks), len(train.classes)).to(machine.device)
@@ -2308,7 +2329,7 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS):
         loss = torch.stack(losses) @ peaks * world() / counted
         loss.backward()
         set_lr(optimizer, warmup_cosine(training.step, training.total, training.total // 10))
-        taken, means = training.take_step(optimizer, loss)
+        _, means = training.take_step(optimizer, loss)
         training.log(means)
         training.save_if_due()
     probes.eval()
@@ -2323,15 +2344,14 @@ def pixel_confusion(logits, val, crop, machine, batch=16):
     """Counts of all pixels of `val` (Annotated): [P, classes, predicted classes]; logits: (x [n, 3, h, w], (H, W) of the label
     maps) → [P, n, H, W, C] of P classifiers; crop: makes x and the label maps, alike in size if batch is not 1."""
     classes = len(val.classes)
-    confusion = torch.zeros(1, classes * classes, dtype=torch.long, device=machine.device)
+    confusion = torch.zeros(1, classes**2, dtype=torch.long, device=machine.device)
     mine = [(0, part) for part in torch.arange(rank(), len(val), world()).split(batch) if len(part)]
     stream = annotated_batches(val, mine, crop, machine)
     for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
         found = logits(x, labels.shape[1:])
-        first = val.name(part[0])
-        need(found.isfinite().all(), f"logits of the images from {first} on are not finite: look at the encoder's weights")
-        pairs_of_classes = (labels * classes + found.argmax(-1))[:, labels >= 0]  # [P, pixels that count]
-        confusion = confusion + torch.stack([torch.bincount(one, minlength=classes**2) for one in pairs_of_classes])
+        need_finite(found.sum(0), val, part)
+        of_pixels = (labels * classes + found.argmax(-1))[:, labels >= 0]  # [P, pixels that count]
+        confusion = confusion + torch.stack([one.bincount(minlength=classes**2) for one in of_pixels])
     return gather(confusion[None]).sum(0).unflatten(1, (classes, classes))
 
 
@@ -2339,6 +2359,14 @@ def pixel_confusion(logits, val, crop, machine, batch=16):
 # open is mmsegmentation's recipe for MAE. ConvMAE's, which CMAE* follows, has --layer_decay 0.75 --drop_path 0.2.
 UPERNET = CROP_FLIP | dict(batch=16, lr=1.6e-3, warmup=1500 / 160_000, layer_decay=0.65, drop_path=0.1)  # lr 1e-4 at batch 16
 UPERNET_SHAPES = dict(epochs=0.5, warmup=0.1, lr=4.8e-2, layer_decay=0.75, drop_path=0.0)  # a minute or two: chosen
+
+
+def to_square(x, size, fill=0):
+    """Maps [n, h, w] in the upper left corner of squares [n, size, size]."""
+    return v2.pad(x, [0, 0, size - x.shape[2], size - x.shape[1]], fill)
+
+
+GRAY = [round(value) for value in FILL]
 
 
 @dataclass
@@ -2358,21 +2386,17 @@ class ScaledCrop:
         sides = [max(1, round(factor * side)) for side in image.size]
         x = to_uint8(image.resize(sides, Image.Resampling.BILINEAR))
         if self.seed is None:
-            return [x, torch.from_numpy(np.array(labels, np.uint8))]
-        labels = torch.from_numpy(np.array(labels.resize(sides, Image.Resampling.NEAREST), np.uint8))
+            return [x, to_labels(labels)]
+        both = x, to_labels(labels.resize(sides, Image.Resampling.NEAREST))[None]
         for _ in range(10):
-            top, left = (dice.randint(0, max(0, side - self.size)) for side in labels.shape)
-            part = np.s_[..., top : top + self.size, left : left + self.size]
-            counts = torch.bincount(labels[part].flatten(), minlength=2)[1:]
+            top, left = (dice.randint(0, max(0, side - self.size)) for side in both[0].shape[1:])
+            x, labels = (picture[:, top : top + self.size, left : left + self.size] for picture in both)
+            counts = labels.flatten().bincount(minlength=2)[1:]
             if counts.max() < 0.75 * counts.sum():
                 break
-        both = x[part], labels[part][None]
         if dice.random() < 0.5:
-            both = [v2.horizontal_flip(picture) for picture in both]
-        x, labels = distort(both[0], dice), both[1]
-        missing = [0, 0, self.size - x.shape[2], self.size - x.shape[1]]
-        mean = [round(value) for value in FILL]
-        return [v2.pad(x, missing, mean), v2.pad(labels, missing)[0]]
+            x, labels = x.flip(-1), labels.flip(-1)
+        return [to_square(distort(x, dice), self.size, GRAY), to_square(labels, self.size)[0]]
 
 
 # Of colours x in [0, 1], by a number u in [-1, 1]
@@ -2402,14 +2426,15 @@ def resized(x, shape):
 
 
 class UperNet(nn.Module):
-    """UperNet's head on the maps of a Pyramid, of `width` channels, and an auxiliary one (FCN) on the third map."""
+    """A Pyramid, UperNet's head on its maps, of `width` channels, and an auxiliary one (FCN) on the third map."""
 
     def __init__(self, pyramid, classes, width):
         super().__init__()
         convolution = partial(Conv2dNormActivation, norm_layer=MapNorm)
-        *finer, top = pyramid.widths
+        scales, (*finer, top) = scaling(pyramid, MapNorm)
         self.width = width
-        self.pools = nn.ModuleDict({str(side): convolution(top, width, 1) for side in (1, 2, 3, 6)})
+        pools = (nn.Sequential(nn.AdaptiveAvgPool2d(side), convolution(top, width, 1)) for side in (1, 2, 3, 6))
+        self.pools = nn.ModuleList(pools)
         self.pooled = convolution(top + 4 * width, width, 3)
         self.laterals = nn.ModuleList(convolution(w, width, 1) for w in finer)
         self.outputs = nn.ModuleList(convolution(width, width, 3) for _ in finer)
@@ -2417,24 +2442,24 @@ class UperNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
         self.auxiliary = convolution(finer[-1], 256, 3)
         self.auxiliary_head = nn.Conv2d(256, classes, 1)
-        self.scale = pyramid.scales
+        self.scales = scales
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.xavier_uniform_(m.weight)  # 4.3
+        self.pyramid = pyramid
 
     def forward(self, maps, keep=None):
-        """Maps [n, C, h, w] of Pyramid.maps → logits on the grids of the first and of the third. keep: factors of dropout,
+        """The pyramid's maps [n, C, h, w] → logits on the grids of the first and of the third. keep: factors of dropout,
         channel by channel [n, width + 256], or None."""
-        maps = [scale(m) for scale, m in zip(self.scale, maps)]
-        top = maps[3]
-        pools = [resized(pool(F.adaptive_avg_pool2d(top, int(side))), top.shape[2:]) for side, pool in self.pools.items()]
-        levels = [lateral(m) for lateral, m in zip(self.laterals, maps)]
+        *finer, top = (scale(m) for scale, m in zip(self.scales, maps))
+        pools = [resized(pool(top), top.shape[2:]) for pool in self.pools]
+        levels = [lateral(m) for lateral, m in zip(self.laterals, finer)]
         levels.append(self.pooled(torch.cat([top, *pools], 1)))
         for i in (2, 1, 0):
             levels[i] = levels[i] + resized(levels[i + 1], levels[i].shape[2:])
         levels[:3] = [output(level) for output, level in zip(self.outputs, levels)]
         x = self.fused(torch.cat([resized(level, levels[0].shape[2:]) for level in levels], 1))
-        third = self.auxiliary(maps[2])
+        third = self.auxiliary(finer[2])
         if keep is not None:
             of_head, of_auxiliary = keep[..., None, None].split([self.width, 256], 1)
             x, third = x * of_head, third * of_auxiliary
@@ -2447,73 +2472,57 @@ def slide(function, x, size):
     height, width = x.shape[2:]
     x = F.pad(x, (0, max(0, size - width), 0, max(0, size - height)))
     stride = size * 2 // 3  # 341 for 512
-    tops, lefts = (range(0, side - size + stride, stride) for side in x.shape[2:])
-    total = count = 0
-    for top, left in itertools.product(tops, lefts):
+    starts = (range(0, side - size + stride, stride) for side in x.shape[2:])
+    total = 0
+    for top, left in itertools.product(*starts):
         top, left = min(top, x.shape[2] - size), min(left, x.shape[3] - size)
         found = resized(function(x[..., top : top + size, left : left + size]), (size, size))
-        around = (left, x.shape[3] - size - left, top, x.shape[2] - size - top)
-        total = total + F.pad(found, around)
-        count = count + F.pad(torch.ones_like(found[:, :1]), around)
-    return (total / count)[..., :height, :width]
+        found = F.pad(found, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel that counts the windows of a pixel
+        total = total + F.pad(found, (left, x.shape[3] - size - left, top, x.shape[2] - size - top))
+    total = total[..., :height, :width]
+    return total[:, :-1] / total[:, -1:]
+
+
+def warmup_linear(step, steps, warmup, end=0.0):
+    """As `warmup_cosine`: a linear warm-up, times what falls linearly to `end`."""
+    return min(1, (step + 1) / max(1, warmup)) * (1 - (1 - end) * step / steps)
 
 
 def upernet(encoder, train, val, run, s, size, relative=True):
     """Semantic segmentation by UperNet, whose encoder is tuned with it (CMAE 4.3).
 
-    Maps of blocks 4, 6, 8 and 12 of 12; AdamW, layer-wise decay, linear warm-up, then linear to 0; cross-entropy of the head
-    and 0.4 of the auxiliary one; dropout of 0.1 of their channels. Tested on whole images in windows. As in mmsegmentation,
-    but without [CLS] (see `Backbone`) and without a learned scale of the residual branches.
+    Maps of blocks 4, 6, 8 and 12 of 12; linear warm-up, then linear to 0; cross-entropy of the head and 0.4 of the auxiliary
+    one; dropout of 0.1 of their channels. Tested on whole images in windows. As in mmsegmentation, but without [CLS] (see
+    `Pyramid`) and without a learned scale of the residual branches.
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: Annotated; s: FineTuning; size: of crops and windows; relative:
         whether there is a relative position bias.
     Returns:
-        as `segment`: {"miou"}, or with --cost what a step costs; and a function that predicts classes.
+        as `segment`: {"miou"}, and a function that predicts classes.
     """
-    machine, patch = run.machine, encoder.patch_size
-    need(size % patch == 0, f"--image_size {size} is not divisible by the patch size {patch}")
-    need(encoder.depth >= 4, f"UperNet takes maps of four blocks, the encoder has {encoder.depth}")
-    encoder = trainable_copy(encoder, s)
+    machine = run.machine
     torch.manual_seed(s.seed)
     blocks = [round(encoder.depth * share / 12) for share in (4, 6, 8, 12)]
-    grid = (size // patch,) * 2 if relative else None
-    pyramid = Pyramid(Backbone(encoder, blocks, grid=grid), norm=MapNorm).to(machine.device)
-    head = UperNet(pyramid, len(train.classes), encoder.dim).to(machine.device)
-    new = nn.ModuleList([pyramid.backbone.biases, head])
-    peak = s.lr * s.batch / 256
-    groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
-    optimizer = adamw(groups, betas=(0.9, 0.999))
-    training = Training(run, "segment", dict(head=new, encoder=encoder, optimizer=optimizer), len(train), s.batch, s.epochs)
-    rows, warmup = part_of_rank(torch.arange(s.batch)), s.warmup * training.total
+    pyramid = Pyramid(trainable_copy(encoder, s), blocks, (size, size), relative=relative)
+    model = UperNet(pyramid, len(train.classes), encoder.dim).to(machine.device)
 
-    def encode(x, drop):
-        return tuple(pyramid.maps(x, drop)), None
+    def stream(training):
+        order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
+        return annotated_batches(train, order, ScaledCrop(size, s.seed), machine)
 
-    def objective(labels, keep, *maps):
-        pixels = [resized(logits, labels.shape[1:]) for logits in head(maps, keep)]
+    def objective(labels, key, rows, *maps):
+        keep = (uniform((*key, "dropout"), rows, model.width + 256, device=labels.device) >= 0.1) / 0.9
+        pixels = [resized(logits, labels.shape[1:]) for logits in model(maps, keep)]
         ours, auxiliary = (F.cross_entropy(one, labels, ignore_index=-1, reduction="sum") for one in pixels)
-        return (ours + 0.4 * auxiliary) / labels.numel(), None
+        return (ours + 0.4 * auxiliary) / labels.numel(), {}
 
-    order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
-    stream = annotated_batches(train, order, ScaledCrop(size, s.seed), machine)
-    for x, labels in training.steps(measured(training, partial(tuple, next(stream))) if run.settings.cost else stream):
-        noise = uniform((s.seed, training.step, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
-        keep = (uniform((s.seed, training.step, "dropout"), rows, head.width + 256, device=x.device) >= 0.1) / 0.9
-        # in one piece: objective(labels, keep, *encode(x, drop)[0])[0].backward()
-        inputs = (x, drop_path(s.drop_path, noise))
-        loss, _ = backward(encode, partial(objective, labels, keep), inputs, s.micro_batch, machine.precision)
-        set_lr(optimizer, min(1, (training.step + 1) / max(1, warmup)) * (1 - training.step / training.total))
-        _, means = training.take_step(optimizer, loss)
-        training.log(means)
-        training.save_if_due()
-    if run.settings.cost:
-        return run.results["segment"], None
-    head.eval()
+    tune_on_maps(model, "segment", stream, objective, warmup_linear, len(train), s, run)
+    model.eval()
 
     def logits(x, shape):  # [1, n, H, W, C]
         with torch.no_grad(), autocast(machine.device, machine.precision):
-            found = slide(lambda part: head(pyramid.maps(part))[0], x, size)
+            found = slide(lambda part: model(pyramid(part))[0], x, size)
         return resized(found, shape).movedim(1, -1)[None]
 
     confusion = pixel_confusion(logits, val, ScaledCrop(size), machine, batch=1)
@@ -2527,6 +2536,16 @@ def map_colours(maps):
     for bit in range(9):
         colours[:, bit % 3] += (maps.cpu() >> bit & 1).byte() * (128 >> bit // 3)
     return colours
+
+
+def draw_segmentation(path, x, labels, predictions, classes):
+    """A picture of images, their labels and what is predicted, in VOC's colours."""
+    shown = torch.cat([labels, predictions]).unique().cpu()
+    legend = {}
+    for c, colour in zip(shown.tolist(), map_colours(shown[None, None] + 1)[0, :, 0].T.tolist()):
+        legend["unlabelled" if c < 0 else str(classes[c])] = (tuple(colour), 4, 0)
+    maps = [("labels", map_colours(labels + 1), None), ("predictions", map_colours(predictions + 1), None)]
+    draw_rows(path, [("images", to_bytes(x), None), *maps], legend=legend)
 
 
 def run_segment(
@@ -2543,38 +2562,27 @@ def run_segment(
     Table 3a; crops of 512, on the built-in images of 48, or --image_size); draws the first validation images, their labels
     and what is predicted, in VOC's colours."""
     train, val = load_annotated(job.data, "train"), load_annotated(job.data, "val")
+    built_in = job.data == "shapes"
     size = job.encoder.config["image_size"]
     chosen = {name: value for name, value in dict(epochs=epochs, batch=batch).items() if value is not None}
     if head == "linear":
-        odd = [*given, *["cost"] * cost, *["no_relative"] * (not relative)]
-        need(not odd, f"--{' --'.join(odd)}: only with --head upernet")
-        settings = dict(epochs=4 if job.data == "shapes" else 50, batch=default_batch(16, train)) | chosen
+        need(relative and not cost and not given, "--head linear takes --epochs and --batch; the other settings are UperNet's")
+        settings = dict(epochs=4 if built_in else 50, batch=default_batch(16, train)) | chosen
         check_batch(RunSettings(data=job.data), train, settings["batch"], settings["epochs"])
         result, predict = segment(job.encoder, train, val, job.open_run(settings), **settings)
     else:
-        changes = UPERNET | dict(epochs=160_000 / max(1, len(train) // 16))
-        if job.data == "shapes":
-            changes |= UPERNET_SHAPES
-        else:
-            size = job.image_size or 512
+        changes = UPERNET | (UPERNET_SHAPES if built_in else dict(epochs=160_000 / max(1, len(train) // 16)))
+        size = size if built_in else job.image_size or 512
         s = given_settings(given | chosen, train, job.data, "mae", job.encoder, **changes)
-        need(s.batch > 1 or cost, "--batch 1: UperNet's BatchNorm of the whole image has one value to learn from; only with --cost")
+        need(s.batch > 1 or cost, "--batch 1: UperNet's BatchNorm of whole images would see one value; only with --cost")
         settings = dict(head=head, size=size, relative=relative) | dataclasses.asdict(s)
         run = Run(job.machine, RunSettings(cost=True)) if cost else job.open_run(settings, s.clip_grad)
         result, predict = upernet(job.encoder, train, val, run, s, size, relative)
-    if cost:
-        print_table(run.results)
-        raise SystemExit(0)
     ((x, labels),) = annotated_batches(val, [(0, torch.arange(min(8, len(val))))], AnnotatedCrop(size), job.machine)
     with torch.no_grad():
         predictions = predict(x)
     if rank() == 0:
-        maps = [("labels", map_colours(labels + 1), None), ("predictions", map_colours(predictions + 1), None)]
-        shown = torch.cat([labels, predictions]).unique().cpu()
-        legend = {}
-        for c, colour in zip(shown.tolist(), map_colours(shown[:, None, None] + 1).flatten(1).tolist()):
-            legend["unlabelled" if c < 0 else str(val.classes[c])] = (tuple(colour), 4, 0)
-        draw_rows(job.file("segment.png"), [("images", to_bytes(x), None), *maps], legend=legend)
+        draw_segmentation(job.file("segment.png"), x, labels, predictions, val.classes)
     return result | dict(settings=settings)
 
 
@@ -2607,13 +2615,13 @@ class Objects(Images):
         area [m], crowd [m] bool (a group whose members are not told apart: no training example), image_id."""
         known = self.read(i)
         objects, size = known["objects"], (known["height"], known["width"])
-        masks = [torch.from_numpy(draw_mask(o["segmentation"], *size)) for o in objects]
-        corners = torch.tensor([o["bbox"] for o in objects]).view(-1, 2, 2)
-        corners[:, 1] += corners[:, 0]
+        masks = torch.zeros(len(objects), *size, dtype=torch.bool)
+        for mask, o in zip(masks.numpy(), objects):
+            mask[:] = draw_mask(o["segmentation"], *size)
         return dict(
-            boxes=corners.flatten(1),
+            boxes=box_convert(torch.tensor([o["bbox"] for o in objects]).view(-1, 4), "xywh", "xyxy"),
             labels=torch.tensor([o["label"] for o in objects], dtype=torch.long),
-            masks=torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
+            masks=masks,
             area=torch.tensor([o["area"] for o in objects], dtype=torch.float64),
             crowd=torch.tensor([o["iscrowd"] for o in objects], dtype=torch.bool),
             image_id=known["id"],
@@ -2639,29 +2647,30 @@ def load_objects(data, split):
     need(folder.is_dir(), f"--data {data}: there is no {folder}; give `shapes` or a folder of {layout}")
     content = read_json(path, f"give a folder of {layout}")
     with understanding(path):
-        categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
-        label = {number: i for i, number in enumerate(categories, 1)}
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        label = {number: i for i, number in enumerate(sorted(names), 1)}
         sizes = ("id", "width", "height", "file_name")
         known = {image["id"]: {name: image[name] for name in sizes} | dict(objects=[]) for image in content["images"]}
         flat = []
         for o in content["annotations"]:
-            for name, listed in (("image_id", known), ("category_id", label)):
-                need(o[name] in listed, f"{path}: annotation {o['id']} has the {name} {o[name]}, which is not listed there")
+            listed = o["image_id"] in known and o["category_id"] in label
+            where = f"image {o['image_id']}, category {o['category_id']}"
+            need(listed, f"{path}: annotation {o['id']} is of {where}, one of which is not listed there")
             if min(o["bbox"][2:]) <= 0 or not o["segmentation"]:
-                flat.append(str(o["id"]))
+                flat.append(o["id"])
                 continue
             kept = {name: o[name] for name in ("bbox", "area", "segmentation")}
             kept |= dict(label=label[o["category_id"]], iscrowd=o.get("iscrowd", 0))
             known[o["image_id"]]["objects"].append(kept)
-        known = sorted(known.values(), key=lambda image: image["id"])
-    missing = {image["file_name"] for image in known} - set(os.listdir(folder))
-    need(not missing, f"{path}: {len(missing)} of {len(known)} images are not in {folder}: {', '.join(sorted(missing)[:3])}")
-    objects = sum(len(image["objects"]) for image in known)
-    empty = sum(not image["objects"] for image in known)
-    left_out = f", left out for want of a size or an outline: annotations {', '.join(flat[:9])} ({len(flat)})" if flat else ""
-    print0(f"{path}: {len(known)} images, {empty} without objects, {objects} objects, {len(categories)} classes{left_out}")
+        known = [known[number] for number in sorted(known)]
+    missing = sorted({image["file_name"] for image in known} - set(os.listdir(folder)))
+    need(not missing, f"{path}: {len(missing)} of {len(known)} images are not in {folder}: {', '.join(missing[:3])}")
+    counts = [len(image["objects"]) for image in known]
+    print0(f"{path}: {len(known)} images, {counts.count(0)} without objects, {sum(counts)} objects, {len(label)} classes")
+    if flat:
+        print0(f"left out for want of a size or an outline: annotations {', '.join(map(str, flat[:9]))} ({len(flat)})")
     files = file_names([folder / image["file_name"] for image in known])
-    return with_annotations(known, list(categories.values()), files=files)
+    return with_annotations(known, [names[number] for number in label], files=files)
 
 
 def draw_mask(segmentation, height, width):
@@ -2703,7 +2712,7 @@ def fill_polygon(polygon, height, width):
     edges = []
     for a, b in zip(corners, np.roll(corners, -1, 0)):
         longer = abs(b - a).argmax()
-        low, high = sorted((a, b), key=lambda corner: corner[longer])  # either direction is drawn from the lower end
+        low, high = (a, b) if a[longer] <= b[longer] else (b, a)  # either direction is drawn from the lower end
         steps = np.arange(high[longer] - low[longer] + 1)
         edge = (low + (high - low) / max(1, steps[-1]) * steps[:, None] + 0.5).astype(int)
         edge[:, longer] = low[longer] + steps
@@ -2734,22 +2743,21 @@ def scenes(split):
         dice = Dice(("scenes", split), index, 100, 2)
         sites = [(dice.between(0, size), dice.between(0, size)) for _ in range(5)]
         image = patchwork(dice, x, y, sites)
-        owner = torch.zeros(len(index), size, size, dtype=torch.long)  # 0: the background
+        owner = torch.zeros(len(index), size, size, dtype=torch.long)  # of a pixel: 16 · object + label; 0: the background
         objects = dice.between(0, 5).long()
-        labels = torch.zeros(len(index), 5, dtype=torch.long)
         for k in range(1, 5):
-            label = (1 + dice.between(0, 10)).long()
+            c = dice.between(0, 10).long()  # [n, 1, 1]
             radius, angle = dice.between(8, 16), dice.between(0, 2 * math.pi)
             cx, cy = (radius + (size - 2 * radius) * dice.between(0, 1) for _ in range(2))
-            looks = radius, angle, cx, cy, *dice.shades(label - 1)
-            labels[:, k] = label.flatten()
-            for c in range(10):
-                rows = ((label == c + 1) & (k <= objects)).flatten().nonzero()[:, 0]
-                image[rows], inside = paint(image[rows], x, y, c, *(value[rows] for value in looks))
-                owner[rows] = torch.where(inside[:, 0] > 0.5, k, owner[rows])
+            looks = radius, angle, cx, cy, *dice.shades(c)
+            for label in range(1, 11):
+                rows = ((c + 1 == label) & (k <= objects)).flatten().nonzero()[:, 0]
+                image[rows], inside = paint(image[rows], x, y, label - 1, *(value[rows] for value in looks))
+                owner[rows] = torch.where(inside[:, 0] > 0.5, 16 * k + label, owner[rows])
         pixels.append(noisy_bytes(image, uniform(("scenes", split, "noise"), index, 3, size, size)))
-        for i, whose, of_object in zip(index.tolist(), owner, labels.tolist()):
-            seen = [in_cocos_words(whose == k, of_object[k]) for k in range(1, 5) if (whose == k).sum() >= 40]
+        for i, whose in zip(index.tolist(), owner):
+            numbers, areas = whose[whose > 0].unique(return_counts=True)
+            seen = [in_cocos_words(whose == number, number.item() % 16) for number in numbers[areas >= 40]]
             known.append(dict(id=i, width=size, height=size, objects=seen))
     return with_annotations(known, SHAPE_NAMES, pixels=torch.cat(pixels))
 
@@ -2763,50 +2771,9 @@ def in_cocos_words(mask, label):
 
 # COCO's average precision: an overlap of 0.5, 0.55 … 0.95 is asked for, precision is read at recalls of 0, 0.01 … 1, and
 # objects are all, small, medium or large, by their area in pixels.
-OVERLAPS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0, 1, 101)
-AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
-
-
-def compare(found, truth, kind):
-    """What `average_precision` needs to know of one image, a few small arrays.
-
-    Args:
-        found: {"scores" [D], "labels" [D], and "boxes" [D, 4] or "masks" [D, H, W] bool}; truth: see `Objects.target`;
-        kind: "boxes" or "masks", which are compared.
-    """
-    a, b = (side[kind].cpu().double().flatten(1).numpy() for side in (found, truth))
-    if kind == "masks":
-        inside, area, of_truth = a @ b.T, a.sum(1), b.sum(1)
-    else:
-        low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
-        inside = (high - low).clip(0).prod(-1)
-        area, of_truth = ((side[:, 2:] - side[:, :2]).prod(1) for side in (a, b))
-    crowd = truth["crowd"].numpy()
-    union = area[:, None] + np.where(crowd, 0, of_truth - inside)  # a crowd may be overlapped in part
-    scores, labels = (found[name].cpu().numpy() for name in ("scores", "labels"))
-    of_truth = dict(crowd=crowd, true_area=truth["area"].numpy(), true_labels=truth["labels"].numpy())
-    iou = inside / np.where(inside > 0, union, 1)
-    return dict(image_id=truth["image_id"], scores=scores, labels=labels, area=area, iou=iou) | of_truth
-
-
-def match(iou, crowd, ignored):
-    """COCO's matching in one image and class: detections, the surest first, take the free object that they overlap most (of
-    equals the last), one that counts before one that does not; a crowd is always free.
-
-    Args:
-        iou [D, G], crowd [G]; ignored [4, G]: objects that do not count, by AREAS.
-    Returns:
-        Of each detection, whether it has an object and whether that is ignored, both [4, 10, D], by AREAS and OVERLAPS.
-    """
-    objects = np.zeros((len(iou), len(AREAS), len(OVERLAPS), len(crowd)), bool)  # that detections have
-    for d, overlap in enumerate(iou):
-        free = (crowd | ~objects[:d].any(0)) & (overlap >= OVERLAPS[:, None])
-        counting = free & ~ignored[:, None]
-        free = np.where(counting.any(-1, keepdims=True), counting, free)
-        most = free & (overlap == np.where(free, overlap, -1).max(-1, initial=-1, keepdims=True))
-        objects[d] = most & (most[..., ::-1].cumsum(-1)[..., ::-1] == 1)
-    return np.moveaxis(objects.any(-1), 0, -1), np.moveaxis((objects & ignored[:, None]).any(-1), 0, -1)
+OVERLAPS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
+AREAS = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 
 
 def beyond(area):
@@ -2814,46 +2781,84 @@ def beyond(area):
     return (area < AREAS[:, :1]) | (area > AREAS[:, 1:])
 
 
-def precision_table(images, label):
+def compare(found, truth, kind):
+    """What `average_precision` needs to know of one image: of each detection its score, its label and whether it is right or
+    wrong, [4, 10, D] by AREAS and OVERLAPS (neither if it has an object that does not count, or none and another area); of each
+    object its label and whether it counts, [4, G].
+
+    Args:
+        found: {"scores" [D], "labels" [D], and "boxes" [D, 4] or "masks" [D, H, W] bool}; truth: see `Objects.target`;
+        kind: "boxes" or "masks", which are compared.
+    """
+    order = found["scores"].argsort(descending=True, stable=True)
+    found = {name: found[name][order].cpu() for name in ("scores", "labels", kind)}
+    a, b = (side[kind].double().flatten(1) for side in (found, truth))
+    if kind == "masks":
+        inside, area, of_truth = a @ b.T, a.sum(1), b.sum(1)
+    else:
+        sides = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
+        inside, area, of_truth = sides.clamp(min=0).prod(-1), box_area(a), box_area(b)
+    crowd = truth["crowd"]
+    union = area[:, None] + torch.where(crowd, 0, of_truth - inside)  # a crowd may be overlapped in part
+    iou = inside / torch.where(inside > 0, union, 1)
+    iou[found["labels"][:, None] != truth["labels"]] = 0  # below all overlaps
+    ignored = crowd | beyond(truth["area"])
+    objects = match(iou, crowd, ignored)
+    hit = objects.any(-1).movedim(0, -1)
+    unasked = (objects & ignored[:, None]).any(-1).movedim(0, -1) | ~hit & beyond(area)[:, None]
+    result = dict(scores=found["scores"], labels=found["labels"], right=hit & ~unasked, wrong=~hit & ~unasked)
+    return result | dict(image_id=truth["image_id"], true_labels=truth["labels"], counts=~ignored)
+
+
+def match(iou, crowd, ignored):
+    """COCO's matching in one image: detections, the surest first, take the free object that they overlap most (of equals the
+    last), one that counts before one that does not; a crowd is always free.
+
+    Args:
+        iou [D, G], crowd [G]; ignored [4, G]: objects that do not count, by AREAS.
+    Returns:
+        which object a detection takes, if any, [D, 4, 10, G], by AREAS and OVERLAPS.
+    """
+    objects = torch.zeros(len(iou), len(AREAS), len(OVERLAPS), len(crowd), dtype=torch.bool)
+    for d, overlap in enumerate(iou):
+        free = (crowd | ~objects[:d].any(0)) & (overlap >= OVERLAPS[:, None])
+        counting = free & ~ignored[:, None]
+        free = torch.where(counting.any(-1, keepdim=True), counting, free)
+        most = torch.where(free, overlap, 0).cummax(-1)  # of equals the last
+        if len(crowd):
+            objects[d] = free & (torch.arange(len(crowd)) == most.indices[..., -1:])
+    return objects
+
+
+def precision_table(scores, right, wrong, wanted):
     """Precision of a class at each of AREAS, OVERLAPS and RECALLS, [4, 10, 101]: the best from that recall on; nan for an area
-    without objects. images: of `compare`, in the order of their numbers."""
-    parts, wanted = [], 0
-    for image in images:
-        rows = np.flatnonzero(image["labels"] == label)
-        rows = rows[np.argsort(-image["scores"][rows], kind="stable")][:100]
-        columns = np.flatnonzero(image["true_labels"] == label)
-        if len(rows) + len(columns) == 0:
-            continue
-        ignored = image["crowd"][columns] | beyond(image["true_area"][columns])
-        hit, unasked = match(image["iou"][np.ix_(rows, columns)], image["crowd"][columns], ignored)
-        unasked = unasked | ~hit & beyond(image["area"][rows])[:, None]
-        parts.append((image["scores"][rows], hit, unasked))
-        wanted = wanted + (~ignored).sum(1)
-    scores, hit, unasked = (np.concatenate(column, -1) for column in zip(*parts))
-    order = np.argsort(-scores, kind="stable")
-    hit, counts = hit[..., order], ~unasked[..., order]
-    right, wrong = (hit & counts).cumsum(-1), (~hit & counts).cumsum(-1)
-    with np.errstate(invalid="ignore"):
-        recall = right / wanted[:, None, None]
-    precision = np.maximum.accumulate((right / (right + wrong + np.spacing(1)))[..., ::-1], -1)[..., ::-1]
-    precision = np.append(precision, np.zeros((*precision.shape[:2], 1)), -1)  # of recalls that are not reached
-    table = np.full((*precision.shape[:2], len(RECALLS)), np.nan)
-    for a in np.flatnonzero(wanted):
-        for t in range(len(OVERLAPS)):
-            table[a, t] = precision[a, t, np.searchsorted(recall[a, t], RECALLS)]
+    without objects. scores [D], right, wrong [4, 10, D]: of `compare`, by image; wanted [4]: objects that count."""
+    order = scores.argsort(descending=True, stable=True)
+    right, wrong = (flags[..., order].cumsum(-1).double() for flags in (right, wrong))
+    precision = right / (right + wrong + torch.finfo(torch.double).eps)
+    precision = F.pad(precision.flip(-1).cummax(-1).values.flip(-1), (0, 1))  # 0 for recalls that are not reached
+    recall = right / wanted[:, None, None]
+    table = precision.gather(-1, torch.searchsorted(recall, RECALLS.repeat(*recall.shape[:2], 1)))
+    table[wanted == 0] = math.nan
     return table
 
 
 def average_precision(images):
-    """COCO's average precision, in percent, of images seen by `compare`, of at most 100 detections an image and class; nan
-    where there are no objects."""
+    """COCO's average precision, in percent, of images seen by `compare`, of at most 100 detections each; nan where there are
+    no objects."""
     images = sorted(images, key=lambda image: image["image_id"])
-    labels = np.unique(np.concatenate([image["true_labels"] for image in images]))
-    table = np.array([precision_table(images, label) for label in labels]).reshape(-1, 4, 10, 101)
-    of_all, small, medium, large = table.swapaxes(0, 1)
+    scores, labels, right, wrong, true_labels, counts = (
+        torch.cat([image[name] for image in images], -1)
+        for name in ("scores", "labels", "right", "wrong", "true_labels", "counts")
+    )
+    tables = [torch.empty(0, 4, 10, 101)]
+    for label in true_labels.unique():
+        mine = labels == label
+        wanted = counts[:, true_labels == label].sum(1)
+        tables.append(precision_table(scores[mine], right[..., mine], wrong[..., mine], wanted)[None])
+    of_all, small, medium, large = torch.cat(tables).unbind(1)
     parts = dict(AP=of_all, AP50=of_all[:, 0], AP75=of_all[:, 5], small=small, medium=medium, large=large)
-    kept = {name: part[np.isfinite(part)] for name, part in parts.items()}
-    return {name: 100 * float(part.mean()) if len(part) else math.nan for name, part in kept.items()}
+    return {name: 100 * part.nanmean().item() for name, part in parts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- detection
@@ -2866,28 +2871,6 @@ class SimpleNeck(FeaturePyramidNetwork):
         maps = [layer(inner(m)) for inner, layer, m in zip(self.inner_blocks, self.layer_blocks, x.values())]
         maps, names = self.extra_blocks(maps, maps, list(x))
         return dict(zip(names, maps))
-
-
-def at_least_float32(module, inputs, outputs):
-    """A forward hook: what boxes and losses are computed from."""
-    return tuple([promote(m) for m in part] if isinstance(part, list) else promote(part) for part in outputs)
-
-
-def sample(count, share, key, rows, labels):
-    """Which anchors or proposals of each image are trained on: `count`, of which at most a `share` are objects. torchvision's
-    BalancedPositiveNegativeSampler, with draws that depend on the key and the image's row alone.
-
-    labels: of each image [A], from 1 for objects, 0 for the background, −1 for neither. Returns masks [A] of the objects and
-    of the background, a list of each.
-    """
-    objects, others = [], []
-    for one, row in zip(labels, rows.split(1)):
-        order = uniform(key, row, len(one), device=one.device)[0].argsort(stable=True)
-        chosen = order[one[order] > 0][: int(count * share)]
-        rest = order[one[order] == 0][: count - len(chosen)]
-        for masks, index in ((objects, chosen), (others, rest)):
-            masks.append(torch.zeros_like(one, dtype=torch.uint8).index_fill(0, index, 1))
-    return objects, others
 
 
 class ProposalConvolutions(nn.Module):
@@ -2911,6 +2894,29 @@ class ProposalConvolutions(nn.Module):
         return maps
 
 
+def at_least_float32(module, inputs, outputs):
+    """A forward hook: what boxes and losses are computed from."""
+    return tuple([promote(m) for m in part] if isinstance(part, list) else promote(part) for part in outputs)
+
+
+def sample(count, share, key, rows, labels):
+    """Which anchors or proposals of each image are trained on: `count`, of which at most a `share` are objects. torchvision's
+    BalancedPositiveNegativeSampler, with draws that depend on the key and the image's row alone.
+
+    labels: of each image [A], from 1 for objects, 0 for the background, −1 for neither. Returns masks [A] of the objects and
+    of the background, a list of each.
+    """
+    objects, others = [], []
+    for one, row in zip(labels, rows.split(1)):
+        order = uniform(key, row, len(one), device=one.device)[0].argsort(stable=True)
+        chosen = order[one[order] > 0][: int(count * share)]
+        rest = order[one[order] == 0][: count - len(chosen)]
+        nothing = torch.zeros_like(one, dtype=torch.uint8)
+        objects.append(nothing.index_fill(0, chosen, 1))
+        others.append(nothing.index_fill(0, rest, 1))
+    return objects, others
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN (He et al. 2017) on a Pyramid, as Li et al. 2021 (arXiv 2111.11429) build it: FPN; a region proposal network
     with two convolutions; four convolutions and a linear layer for boxes, four for masks; BatchNorm over all ranks in all of
@@ -2921,20 +2927,23 @@ class Detector(MaskRCNN):
 
     Args:
         encoder: a ViT whose patch size is a power of two; classes: their number; size: side of the images.
-        pyramid: of "four" evenly spaced blocks, or of the "last"; window, relative: of `Backbone`, other blocks' windows, and
-            whether there is a bias; width: of the maps and convolutions; rois: proposals an image that are trained on.
+        pyramid: of "four" evenly spaced blocks, or of the "last"; window, relative: of `Pyramid`; width: of the maps and
+            convolutions; rois: proposals an image that are trained on.
     """
 
     def __init__(self, encoder, classes, size, pyramid="four", window=14, relative=True, width=256, rois=512):
-        patch, depth, grid = encoder.patch_size, encoder.depth, (size // encoder.patch_size,) * 2
-        backbone = Backbone(encoder, [depth * i // 4 for i in (1, 2, 3, 4)], window, grid if relative else None)
-        neck, norm, rpn_norm, pyramid_norm = FeaturePyramidNetwork, MapNorm, MapNorm, partial(nn.GroupNorm, 32)
-        if pyramid == "last":
-            neck, norm, rpn_norm, pyramid_norm = SimpleNeck, LayerNorm2d, nn.Identity, LayerNorm2d
-        maps = Pyramid(backbone, pyramid == "last", pyramid_norm)
-        neck = neck(maps.widths, width, LastLevelMaxPool(), norm)
+        patch, last = encoder.patch_size, pyramid == "last"
+        level = round(math.log2(patch))
+        need(2**level == patch, f"the encoder's patches have {patch} pixels: torchvision's detectors need a power of two")
+        neck, norm, rpn_norm, norm_of_scales = FeaturePyramidNetwork, MapNorm, MapNorm, partial(nn.GroupNorm, 32)
+        if last:
+            neck, norm, rpn_norm, norm_of_scales = SimpleNeck, LayerNorm2d, nn.Identity, LayerNorm2d
+        blocks = [encoder.depth * i // 4 for i in (1, 2, 3, 4)]
+        maps = Pyramid(encoder, blocks, (size, size), window, relative, last)
+        scales, widths = scaling(maps, norm_of_scales)
+        neck = neck(widths, width, LastLevelMaxPool(), norm)
         neck.out_channels = width
-        pool = partial(MultiScaleRoIAlign, "0123", canonical_scale=14 * patch, canonical_level=round(math.log2(patch)))
+        pool = partial(MultiScaleRoIAlign, "0123", sampling_ratio=0, canonical_scale=14 * patch, canonical_level=level)
         super().__init__(
             neck,
             rpn_anchor_generator=AnchorGenerator([[side * patch] for side in (2, 4, 8, 16, 32)], [[0.5, 1.0, 2.0]] * 5),
@@ -2943,24 +2952,26 @@ class Detector(MaskRCNN):
             rpn_pre_nms_top_n_test=2 * rois,
             rpn_post_nms_top_n_train=2 * rois,
             rpn_post_nms_top_n_test=2 * rois,
-            box_roi_pool=pool(output_size=7, sampling_ratio=0),
+            box_roi_pool=pool(output_size=7),
             box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm),
             box_predictor=FastRCNNPredictor(1024, classes + 1),
-            mask_roi_pool=pool(output_size=14, sampling_ratio=0),
+            mask_roi_pool=pool(output_size=14),
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
         )
-        self.pyramid, self.size, self.rois = maps, (size, size), rois
+        self.pyramid, self.scales, self.size, self.rois = maps, scales, (size, size), rois
         self.rpn.convolutions = ProposalConvolutions(width, rpn_norm)
         for part in (self.rpn.head, self.roi_heads.box_predictor):
             part.register_forward_hook(at_least_float32)
 
     def neck(self, maps):
-        """The pyramid's maps → {name: map [n, width, h, w]}, a fifth one half as fine as the fourth."""
-        return self.backbone(dict(zip("0123", maps)))
+        """The pyramid's maps → ({name: map [n, width, h, w]} of five, the last half as fine as the fourth; a list of those on
+        which proposals are made)."""
+        levels = self.backbone({str(i): scale(m) for i, (scale, m) in enumerate(zip(self.scales, maps))})
+        return levels, self.rpn.convolutions(levels.values())
 
     def propose(self, maps, targets=None):
-        """torchvision's proposals [P, 4] of each image, of maps that went through `rpn.convolutions`; with targets its losses."""
+        """torchvision's proposals [P, 4] of each image, and with targets its losses."""
         n = len(maps[0])
         images = ImageList(torch.empty(n, 3, *self.size, device="meta"), [self.size] * n)
         return self.rpn(images, dict(enumerate(maps)), targets)
@@ -2972,42 +2983,39 @@ class Detector(MaskRCNN):
         Args:
             maps: of the pyramid; targets: of each image {boxes [m, 4], labels [m], masks [m, S, S]}; key, rows [n]: of draws.
         """
-        levels, heads = self.neck(maps), self.roi_heads
-        maps = self.rpn.convolutions(levels.values())
-        proposals, rpn = [], []
-        for i, (target, row) in enumerate(zip(targets, rows.split(1))):
+        levels, maps = self.neck(maps)
+        proposals, losses = [], dict(rpn=[], boxes=[], masks=[])
+        for i, row in enumerate(rows.split(1)):
             self.rpn.fg_bg_sampler = partial(sample, 256, 0.5, (*key, "anchors"), row)
-            boxes, losses = self.propose([m[i : i + 1] for m in maps], [target])
-            proposals += boxes
-            rpn.append(sum(losses.values()))
+            found, of_image = self.propose([m[i : i + 1] for m in maps], targets[i : i + 1])
+            proposals += found
+            losses["rpn"].append(sum(of_image.values()))
+        heads, sizes = self.roi_heads, [self.size] * len(targets)
         heads.fg_bg_sampler = partial(sample, self.rois, 0.25, (*key, "proposals"), rows)
         proposals, matched, labels, shifts = heads.select_training_samples(proposals, targets)
-        sizes = [self.size] * len(proposals)
-        regions = heads.box_roi_pool(levels, proposals, sizes)
-        found = heads.box_predictor(heads.box_head(regions))
+        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(levels, proposals, sizes)))
         logits, moves = (part.split([len(p) for p in proposals]) for part in found)
-        boxes = [sum(roi_heads.fastrcnn_loss(a, b, [c], [d])) for a, b, c, d in zip(logits, moves, labels, shifts)]
-
         objects = [label > 0 for label in labels]
         proposals = [part[chosen] for part, chosen in zip(proposals, objects)]
-        regions = heads.mask_roi_pool(levels, proposals, sizes)
-        found = promote(heads.mask_predictor(heads.mask_head(regions)))
-        masks = []
-        for i, one in enumerate(found.split([len(p) for p in proposals])):
-            truth = [targets[i]["masks"]], [targets[i]["labels"]]
-            masks.append(roi_heads.maskrcnn_loss(one, proposals[i : i + 1], *truth, [matched[i][objects[i]]]))
-        return {"rpn": torch.stack(rpn), "boxes": torch.stack(boxes), "masks": torch.stack(masks)}
+        masks = promote(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, proposals, sizes))))
+        masks = masks.split([len(p) for p in proposals])
+        for i, target in enumerate(targets):
+            of_image = roi_heads.fastrcnn_loss(logits[i], moves[i], labels[i : i + 1], shifts[i : i + 1])
+            losses["boxes"].append(sum(of_image))
+            truth = [target["masks"]], [target["labels"]], [matched[i][objects[i]]]
+            losses["masks"].append(roi_heads.maskrcnn_loss(masks[i], proposals[i : i + 1], *truth))
+        return {name: torch.stack(column) for name, column in losses.items()}
 
     @torch.no_grad()
     def detect(self, x, sizes):
         """Objects of standardised images x [n, 3, S, S]: of each {boxes [m, 4], labels [m], scores [m], masks [m, H, W]}, in
         the pixels of the original images; sizes: their (H, W), of which the longer side filled S."""
-        levels = self.neck(self.pyramid(x))
-        proposals, _ = self.propose(self.rpn.convolutions(levels.values()))
+        levels, maps = self.neck(self.pyramid(x))
+        proposals, _ = self.propose(maps)
         found, _ = self.roi_heads(levels, proposals, [self.size] * len(x))
         for one, (height, width) in zip(found, sizes):
-            limits = torch.tensor([width, height] * 2, device=x.device)
-            one["boxes"] = (one["boxes"] * max(height, width) / self.size[0]).clamp(min=0).minimum(limits)
+            boxes = one["boxes"] * max(height, width) / self.size[0]
+            one["boxes"] = clip_boxes_to_image(boxes, (height, width))
             one["masks"] = roi_heads.paste_masks_in_image(one["masks"].float(), one["boxes"], (height, width))[:, 0] > 0.5
         return found
 
@@ -3027,27 +3035,24 @@ class ObjectCrop:
 
     def __call__(self, images, epoch, index):
         image, target = images.open(index), images.target(index)
-        scale, places, flip = 1.0, (0.0, 0.0), False
+        scale, places = 1.0, (0.0, 0.0)
+        dice = random.Random(repr((self.seed, epoch, index)))
         if self.seed is not None:
-            dice = random.Random(repr((self.seed, epoch, index)))
             scale = dice.uniform(*self.scales)
-            places, flip = (dice.random(), dice.random()), dice.random() < 0.5
+            places = dice.random(), dice.random()
         ratio = scale * self.size / max(image.size)
         (left, right, column), (top, bottom, row) = (self.span(*side, ratio) for side in zip(image.size, places))
         part = image.resize((len(column), len(row)), Image.Resampling.BILINEAR, (left, top, right, bottom))
-        picture = Image.new("RGB", (self.size, self.size), tuple(map(round, FILL)))
-        picture.paste(part)
-        x = to_uint8(picture)
+        x = to_square(to_uint8(part), self.size, GRAY)
         if self.seed is None:
             return [x, target]
-        masks = target["masks"][~target["crowd"]][:, row][:, :, column]
-        masks = F.pad(masks, (0, self.size - len(column), 0, self.size - len(row)))
-        if flip:
+        known = ~target["crowd"]
+        masks, labels = to_square(target["masks"][known][:, row][:, :, column], self.size), target["labels"][known]
+        if dice.random() < 0.5:
             x, masks = x.flip(-1), masks.flip(-1)
         seen = masks.flatten(1).any(1)
-        masks, labels = masks[seen], target["labels"][~target["crowd"]][seen]
-        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # to the far edges of the last pixels
-        return [x, dict(boxes=boxes, labels=labels, masks=masks)]
+        boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # to the far edges of the last pixels
+        return [x, dict(boxes=boxes, labels=labels[seen], masks=masks[seen])]
 
     def span(self, side, place, ratio):
         """What is kept of a side in pixels: where it begins and ends, and the nearest pixel of each that it becomes."""
@@ -3073,66 +3078,40 @@ def detection_scores(detector, val, machine, batch=8):
     compared = {"boxes": [], "masks": []}
     for _, found, truths in progress(searched(detector, val, order, machine), len(order), "batches of images searched"):
         for kind, rows in compared.items():
-            rows += [compare(one, truth, kind) for one, truth in zip(found, truths)]
-    scores = {}
-    for kind, rows in compared.items():
-        of_ranks = [rows] * world()
-        if world() > 1:
-            dist.all_gather_object(of_ranks, rows)
-        scores[kind] = average_precision(sum(of_ranks, []))
-    return scores
+            rows += map(partial(compare, kind=kind), found, truths)
+    of_ranks = [compared] * world()
+    if world() > 1:
+        dist.all_gather_object(of_ranks, compared)
+    return {kind: average_precision(sum((part[kind] for part in of_ranks), [])) for kind in compared}
 
 
 # Mask R-CNN in CMAE's Table 3b, after Li et al. 2021: lr 1e-4 at batch 64, a quarter of an epoch warm-up
 MASK_RCNN = CROP_FLIP | dict(epochs=100, warmup=0.0025, batch=64, lr=4e-4, weight_decay=0.1, layer_decay=1.0, drop_path=0.1)
 
 
-def detect(encoder, train, val, run, s, size=1024, scales=(0.1, 2.0), **kind):
-    """Mask R-CNN, whose encoder is tuned with it (CMAE 4.3, Table 3b): AdamW with betas 0.9 and 0.999, cosine to 0.
+def detect(encoder, train, run, s, size=1024, scales=(0.1, 2.0), **kind):
+    """Mask R-CNN, whose encoder is tuned with it (CMAE 4.3, Table 3b), cosine to 0.
 
     Args:
-        encoder: a ViT, of which a copy is tuned; train, val: Objects; run: a Run, which keeps checkpoints if it has a folder;
+        encoder: a ViT, of which a copy is tuned; train: Objects; run: a Run, which keeps checkpoints if it has a folder;
         s: FineTuning; size: side of the images; scales: of `ObjectCrop`; kind: what else `Detector` takes.
     Returns:
         the Detector after the last epoch.
     """
     machine = run.machine
-    encoder = trainable_copy(encoder, s)
     torch.manual_seed(s.seed)
-    detector = Detector(encoder, len(train.classes), size, **kind).to(machine.device)
-    pyramid = detector.pyramid
-    new = nn.ModuleList([pyramid.backbone.biases, pyramid.scales, detector.backbone, detector.rpn, detector.roi_heads])
-    peak = s.lr * s.batch / 256
-    groups = parameter_groups(encoder, peak, s.weight_decay, s.layer_decay) + parameter_groups(new, peak, s.weight_decay)
-    optimizer = adamw(groups, betas=(0.9, 0.999))
-    training = Training(run, "detect", dict(detector=detector, optimizer=optimizer), len(train), s.batch, s.epochs)
-    rows = part_of_rank(torch.arange(s.batch))
+    detector = Detector(trainable_copy(encoder, s), len(train.classes), size, **kind).to(machine.device)
 
-    def stream():
+    def stream(training):
         order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
         for (x, targets), _ in decode(train, order, ObjectCrop(size, scales, s.seed), machine):
             yield augment(x), [{name: v.to(machine.device) for name, v in target.items()} for target in targets]
 
-    def encode(x, drop):
-        return tuple(pyramid(x, drop)), None
-
-    def objective(targets, *maps):
-        losses = detector.losses(maps, targets, (s.seed, training.step), rows)
-        means = {name: loss.mean() for name, loss in losses.items()}
+    def objective(targets, key, rows, *maps):
+        means = {name: loss.mean() for name, loss in detector.losses(maps, targets, key, rows).items()}
         return sum(means.values()), {name: loss.detach() for name, loss in means.items()}
 
-    data = measured(training, partial(tuple, next(stream()))) if run.settings.cost else stream()
-    for x, targets in training.steps(data):
-        drop = None
-        if s.drop_path:
-            noise = uniform((s.seed, training.step, "drop"), rows, encoder.residual_blocks, 2, device=x.device)
-            drop = drop_path(s.drop_path, noise)
-        # in one piece: objective(targets, *encode(x, drop)[0])[0].backward()
-        loss, parts = backward(encode, partial(objective, targets), (x, drop), s.micro_batch, machine.precision)
-        set_lr(optimizer, warmup_cosine(training.step, training.total, s.warmup * training.total, s.min_lr / peak))
-        _, means = training.take_step(optimizer, loss, **parts)
-        training.log(means)
-        training.save_if_due()
+    tune_on_maps(detector, "detect", stream, objective, warmup_cosine, len(train), s, run)
     return detector
 
 
@@ -3148,15 +3127,11 @@ def marked(image, objects):
 
 def draw_objects(path, detector, val, machine):
     """A picture of the first validation images, their objects, and those of which a Detector is at least half sure."""
-    rows = {"images": [], "objects": [], "detected": []}
-    order = [(0, torch.arange(min(8, len(val))))]
-    for index, found, truths in searched(detector, val, order, machine):
-        for i, one, truth in zip(index.tolist(), found, truths):
-            image, sure = to_uint8(val.open(i)), one["scores"] >= 0.5
-            shown = image, marked(image, truth), marked(image, {name: v[sure] for name, v in one.items()})
-            for row, picture in zip(rows.values(), shown):
-                row.append(picture)
-    draw_rows(path, [(caption, images, None) for caption, images in rows.items()], side=128)
+    ((index, found, truths),) = searched(detector, val, [(0, torch.arange(min(8, len(val))))], machine)
+    images = [to_uint8(val.open(i)) for i in index.tolist()]
+    sure = [{name: values[one["scores"] >= 0.5] for name, values in one.items()} for one in found]
+    rows = dict(images=images, objects=map(marked, images, truths), detected=map(marked, images, sure))
+    draw_rows(path, [(caption, list(row), None) for caption, row in rows.items()], side=128)
 
 
 def run_detect(
@@ -3171,27 +3146,19 @@ def run_detect(
     scenes of built-in shapes. --image_size is 1024 by default, 64 for the scenes. Writes detector.pt and draws the first
     validation images."""
     train, val = load_objects(job.data, "train"), load_objects(job.data, "val")
-    patch, depth = job.encoder.patch_size, job.encoder.depth
-    size, scales, kind, changes = 1024, (0.1, 2.0), {}, MASK_RCNN
+    size, scales, changes = 1024, (0.1, 2.0), MASK_RCNN
+    kind = dict(pyramid=pyramid, relative=relative)
     if job.data == "shapes":  # chosen on an untrained encoder
         size, scales = 64, (0.8, 1.25)
-        kind = dict(window=0, width=64, rois=32)
+        kind |= dict(window=0, width=64, rois=32)
         changes = changes | dict(epochs=1, warmup=0.1, batch=8, lr=1.6e-2)
     if pyramid == "last":
         changes = changes | dict(layer_decay=0.7)
     size = job.image_size or size
-    kind |= dict(pyramid=pyramid, relative=relative)
     s = given_settings(given, train, job.data, "mae", job.encoder, **changes)
-    need(patch & (patch - 1) == 0, f"the encoder's patches have {patch} pixels: torchvision's detectors need a power of two")
-    need(size % patch == 0, f"--image_size {size} is not divisible by the patch size {patch}")
-    need(depth >= 4, f"the encoder has {depth} blocks, expected at least the 4 whose maps are used")
     settings = dict(image_size=size) | kind | dataclasses.asdict(s)
-    if cost:
-        run = Run(job.machine, RunSettings(cost=True))
-        detect(job.encoder, train, val, run, s, size, scales, **kind)
-        print_table(run.results)
-        raise SystemExit(0)
-    detector = detect(job.encoder, train, val, job.open_run(settings, s.clip_grad), s, size, scales, **kind)
+    run = Run(job.machine, RunSettings(cost=True)) if cost else job.open_run(settings, s.clip_grad)
+    detector = detect(job.encoder, train, run, s, size, scales, **kind)
     result = detection_scores(detector, val, job.machine)
     if rank() == 0:
         save_file(job.file("detector.pt"), dict(detector=detector.state_dict(), classes=val.classes, settings=settings))
