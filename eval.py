@@ -2349,7 +2349,7 @@ def pixel_confusion(logits, val, crop, machine, batch=16):
     stream = annotated_batches(val, mine, crop, machine)
     for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
         found = logits(x, labels.shape[1:])
-        need_finite(found.sum(0), val, part)
+        need_finite(found.sum(0), val, part.to(found.device))
         of_pixels = (labels * classes + found.argmax(-1))[:, labels >= 0]  # [P, pixels that count]
         confusion = confusion + torch.stack([one.bincount(minlength=classes**2) for one in of_pixels])
     return gather(confusion[None]).sum(0).unflatten(1, (classes, classes))
@@ -2538,42 +2538,45 @@ def map_colours(maps):
     return colours
 
 
+def colours_of(labels):
+    """VOC's colours of labels [n], a list of (red, green, blue)."""
+    return [tuple(colour) for colour in map_colours(labels[None, None])[0, :, 0].T.tolist()]
+
+
 def draw_segmentation(path, x, labels, predictions, classes):
     """A picture of images, their labels and what is predicted, in VOC's colours."""
-    shown = torch.cat([labels, predictions]).unique().cpu()
-    legend = {}
-    for c, colour in zip(shown.tolist(), map_colours(shown[None, None] + 1)[0, :, 0].T.tolist()):
-        legend["unlabelled" if c < 0 else str(classes[c])] = (tuple(colour), 4, 0)
-    maps = [("labels", map_colours(labels + 1), None), ("predictions", map_colours(predictions + 1), None)]
-    draw_rows(path, [("images", to_bytes(x), None), *maps], legend=legend)
+    maps = dict(images=to_bytes(x), labels=map_colours(labels + 1), predictions=map_colours(predictions + 1))
+    shown = torch.cat([labels, predictions]).unique() + 1
+    names = [["unlabelled", *map(str, classes)][number] for number in shown.tolist()]
+    legend = {name: (colour, 4, 0) for name, colour in zip(names, colours_of(shown))}
+    draw_rows(path, [(caption, images, None) for caption, images in maps.items()], legend=legend)
 
 
 def run_segment(
     job,
     *,
     head: Literal["linear", "upernet"] = "linear",  # of frozen features (MIM-Refiner), or tuned with the encoder (CMAE)
-    epochs: Positive | None = None,  # default 50, on the built-in images 4; of UperNet 160 000 steps, on them 0.5
-    batch: Count | None = None,  # global: of all processes together; default 16
-    relative: bool = True,  # relative position bias; this and all that follow: of UperNet
+    relative: bool = True,  # of UperNet, as all flags but --epochs and --batch: relative position bias
     cost: bool = False,  # train nothing: print what a step costs
     **given,
 ):
-    """Semantic segmentation by a linear classifier of frozen patch features (MIM-Refiner C.7, Table 4) or by UperNet (CMAE 4.3,
-    Table 3a; crops of 512, on the built-in images of 48, or --image_size); draws the first validation images, their labels
-    and what is predicted, in VOC's colours."""
+    """Semantic segmentation by a linear classifier of frozen patch features (MIM-Refiner C.7, Table 4; 50 epochs of batch 16,
+    on the built-in images 4) or by UperNet (CMAE 4.3, Table 3a; 160 000 steps of batch 16, crops of 512 or --image_size; on
+    the built-in images half an epoch, crops of 48); draws the first validation images, their labels and what is predicted, in
+    VOC's colours."""
     train, val = load_annotated(job.data, "train"), load_annotated(job.data, "val")
     built_in = job.data == "shapes"
     size = job.encoder.config["image_size"]
-    chosen = {name: value for name, value in dict(epochs=epochs, batch=batch).items() if value is not None}
     if head == "linear":
-        need(relative and not cost and not given, "--head linear takes --epochs and --batch; the other settings are UperNet's")
-        settings = dict(epochs=4 if built_in else 50, batch=default_batch(16, train)) | chosen
+        plain = relative and not cost and given.keys() <= {"epochs", "batch"}
+        need(plain, "--head linear takes --epochs and --batch; the other settings are UperNet's")
+        settings = dict(epochs=4 if built_in else 50, batch=default_batch(16, train)) | given
         check_batch(RunSettings(data=job.data), train, settings["batch"], settings["epochs"])
         result, predict = segment(job.encoder, train, val, job.open_run(settings), **settings)
     else:
         changes = UPERNET | (UPERNET_SHAPES if built_in else dict(epochs=160_000 / max(1, len(train) // 16)))
         size = size if built_in else job.image_size or 512
-        s = given_settings(given | chosen, train, job.data, "mae", job.encoder, **changes)
+        s = given_settings(given, train, job.data, "mae", job.encoder, **changes)
         need(s.batch > 1 or cost, "--batch 1: UperNet's BatchNorm of whole images would see one value; only with --cost")
         settings = dict(head=head, size=size, relative=relative) | dataclasses.asdict(s)
         run = Run(job.machine, RunSettings(cost=True)) if cost else job.open_run(settings, s.clip_grad)
@@ -2631,8 +2634,8 @@ class Objects(Images):
 def with_annotations(known, classes, **images):
     """Objects from what is known of each image."""
     texts = [json.dumps(one).encode() for one in known]
-    ends = np.cumsum([len(text) for text in texts])
-    spans = np.stack([np.append(0, ends[:-1]), ends], 1)
+    ends = np.cumsum([0, *map(len, texts)])
+    spans = np.stack([ends[:-1], ends[1:]], 1)
     return Objects(torch.full((len(known),), -1), classes, annotations=b"".join(texts), spans=spans, **images)
 
 
@@ -2649,26 +2652,23 @@ def load_objects(data, split):
     with understanding(path):
         names = {c["id"]: c["name"] for c in content["categories"]}
         label = {number: i for i, number in enumerate(sorted(names), 1)}
-        sizes = ("id", "width", "height", "file_name")
-        known = {image["id"]: {name: image[name] for name in sizes} | dict(objects=[]) for image in content["images"]}
+        known = {image["id"]: image | dict(objects=[]) for image in content["images"]}
         flat = []
         for o in content["annotations"]:
-            listed = o["image_id"] in known and o["category_id"] in label
-            where = f"image {o['image_id']}, category {o['category_id']}"
-            need(listed, f"{path}: annotation {o['id']} is of {where}, one of which is not listed there")
-            if min(o["bbox"][2:]) <= 0 or not o["segmentation"]:
-                flat.append(o["id"])
-                continue
-            kept = {name: o[name] for name in ("bbox", "area", "segmentation")}
-            kept |= dict(label=label[o["category_id"]], iscrowd=o.get("iscrowd", 0))
-            known[o["image_id"]]["objects"].append(kept)
+            number, image, category = o["id"], o["image_id"], o["category_id"]
+            listed = image in known and category in label
+            need(listed, f"{path}: annotation {number} has image {image}, category {category}: one of them is not listed there")
+            if min(o["bbox"][2:]) > 0 and o["segmentation"]:
+                known[image]["objects"].append(o | dict(label=label[category], iscrowd=o.get("iscrowd", 0)))
+            else:
+                flat.append(str(number))
         known = [known[number] for number in sorted(known)]
-    missing = sorted({image["file_name"] for image in known} - set(os.listdir(folder)))
+        missing = sorted({image["file_name"] for image in known} - set(os.listdir(folder)))
     need(not missing, f"{path}: {len(missing)} of {len(known)} images are not in {folder}: {', '.join(missing[:3])}")
     counts = [len(image["objects"]) for image in known]
     print0(f"{path}: {len(known)} images, {counts.count(0)} without objects, {sum(counts)} objects, {len(label)} classes")
     if flat:
-        print0(f"left out for want of a size or an outline: annotations {', '.join(map(str, flat[:9]))} ({len(flat)})")
+        print0(f"left out for want of a size or an outline: annotations {', '.join(flat[:9])} ({len(flat)})")
     files = file_names([folder / image["file_name"] for image in known])
     return with_annotations(known, [names[number] for number in label], files=files)
 
@@ -2713,9 +2713,9 @@ def fill_polygon(polygon, height, width):
     for a, b in zip(corners, np.roll(corners, -1, 0)):
         longer = abs(b - a).argmax()
         low, high = (a, b) if a[longer] <= b[longer] else (b, a)  # either direction is drawn from the lower end
-        steps = np.arange(high[longer] - low[longer] + 1)
-        edge = (low + (high - low) / max(1, steps[-1]) * steps[:, None] + 0.5).astype(int)
-        edge[:, longer] = low[longer] + steps
+        steps = np.arange(low[longer], high[longer] + 1)
+        edge = (np.linspace(low, high, len(steps)) + 0.5).astype(int)
+        edge[:, longer] = steps
         edges.append(edge if low is a else edge[::-1])
     point = np.concatenate(edges)
     x, y = np.minimum(point[1:], point[:-1])[point[1:, 0] != point[:-1, 0]].T
@@ -2776,15 +2776,15 @@ RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
 AREAS = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 
 
-def beyond(area):
-    """Whether objects of an area [n] are no part of each of AREAS: [4, n]."""
-    return (area < AREAS[:, :1]) | (area > AREAS[:, 1:])
+def within(area):
+    """Whether objects of an area [n] are part of each of AREAS: [n, 4]."""
+    return (area[:, None] >= AREAS[:, 0]) & (area[:, None] <= AREAS[:, 1])
 
 
 def compare(found, truth, kind):
-    """What `average_precision` needs to know of one image: of each detection its score, its label and whether it is right or
-    wrong, [4, 10, D] by AREAS and OVERLAPS (neither if it has an object that does not count, or none and another area); of each
-    object its label and whether it counts, [4, G].
+    """What `average_precision` needs to know of one image: of each detection, the surest first, its score, its label and
+    whether it is right or wrong, [D, 4, 10] by AREAS and OVERLAPS (neither if it has an object that does not count, or none
+    and another area); of each object its label and whether it counts, [G, 4].
 
     Args:
         found: {"scores" [D], "labels" [D], and "boxes" [D, 4] or "masks" [D, H, W] bool}; truth: see `Objects.target`;
@@ -2802,39 +2802,38 @@ def compare(found, truth, kind):
     union = area[:, None] + torch.where(crowd, 0, of_truth - inside)  # a crowd may be overlapped in part
     iou = inside / torch.where(inside > 0, union, 1)
     iou[found["labels"][:, None] != truth["labels"]] = 0  # below all overlaps
-    ignored = crowd | beyond(truth["area"])
-    objects = match(iou, crowd, ignored)
-    hit = objects.any(-1).movedim(0, -1)
-    unasked = (objects & ignored[:, None]).any(-1).movedim(0, -1) | ~hit & beyond(area)[:, None]
-    result = dict(scores=found["scores"], labels=found["labels"], right=hit & ~unasked, wrong=~hit & ~unasked)
-    return result | dict(image_id=truth["image_id"], true_labels=truth["labels"], counts=~ignored)
+    counts = within(truth["area"]) & ~crowd[:, None]
+    objects = match(iou, crowd, counts.T)
+    right = (objects & counts.T[:, None]).any(-1)
+    wrong = ~objects.any(-1) & within(area)[..., None]
+    del found[kind]
+    return found | dict(right=right, wrong=wrong, true_labels=truth["labels"], counts=counts, image_id=truth["image_id"])
 
 
-def match(iou, crowd, ignored):
+def match(iou, crowd, counts):
     """COCO's matching in one image: detections, the surest first, take the free object that they overlap most (of equals the
     last), one that counts before one that does not; a crowd is always free.
 
     Args:
-        iou [D, G], crowd [G]; ignored [4, G]: objects that do not count, by AREAS.
+        iou [D, G], crowd [G]; counts [4, G]: which objects count, by AREAS.
     Returns:
         which object a detection takes, if any, [D, 4, 10, G], by AREAS and OVERLAPS.
     """
     objects = torch.zeros(len(iou), len(AREAS), len(OVERLAPS), len(crowd), dtype=torch.bool)
     for d, overlap in enumerate(iou):
         free = (crowd | ~objects[:d].any(0)) & (overlap >= OVERLAPS[:, None])
-        counting = free & ~ignored[:, None]
+        counting = free & counts[:, None]
         free = torch.where(counting.any(-1, keepdim=True), counting, free)
-        most = torch.where(free, overlap, 0).cummax(-1)  # of equals the last
-        if len(crowd):
-            objects[d] = free & (torch.arange(len(crowd)) == most.indices[..., -1:])
+        most = torch.where(free, overlap, 0).cummax(-1).indices[..., -1:]  # of equals the last
+        objects[d] = free & (torch.arange(len(crowd)) == most)
     return objects
 
 
 def precision_table(scores, right, wrong, wanted):
     """Precision of a class at each of AREAS, OVERLAPS and RECALLS, [4, 10, 101]: the best from that recall on; nan for an area
-    without objects. scores [D], right, wrong [4, 10, D]: of `compare`, by image; wanted [4]: objects that count."""
+    without objects. scores [D], right, wrong [D, 4, 10]: of `compare`, by image; wanted [4]: objects that count."""
     order = scores.argsort(descending=True, stable=True)
-    right, wrong = (flags[..., order].cumsum(-1).double() for flags in (right, wrong))
+    right, wrong = (flags[order].movedim(0, -1).cumsum(-1).double() for flags in (right, wrong))
     precision = right / (right + wrong + torch.finfo(torch.double).eps)
     precision = F.pad(precision.flip(-1).cummax(-1).values.flip(-1), (0, 1))  # 0 for recalls that are not reached
     recall = right / wanted[:, None, None]
@@ -2847,15 +2846,12 @@ def average_precision(images):
     """COCO's average precision, in percent, of images seen by `compare`, of at most 100 detections each; nan where there are
     no objects."""
     images = sorted(images, key=lambda image: image["image_id"])
-    scores, labels, right, wrong, true_labels, counts = (
-        torch.cat([image[name] for image in images], -1)
-        for name in ("scores", "labels", "right", "wrong", "true_labels", "counts")
-    )
+    names = ("labels", "scores", "right", "wrong", "true_labels", "counts")
+    labels, *of_found, true_labels, counts = (torch.cat([image[name] for image in images]) for name in names)
     tables = [torch.empty(0, 4, 10, 101)]
     for label in true_labels.unique():
-        mine = labels == label
-        wanted = counts[:, true_labels == label].sum(1)
-        tables.append(precision_table(scores[mine], right[..., mine], wrong[..., mine], wanted)[None])
+        mine = [values[labels == label] for values in of_found]
+        tables.append(precision_table(*mine, counts[true_labels == label].sum(0))[None])
     of_all, small, medium, large = torch.cat(tables).unbind(1)
     parts = dict(AP=of_all, AP50=of_all[:, 0], AP75=of_all[:, 5], small=small, medium=medium, large=large)
     return {name: 100 * part.nanmean().item() for name, part in parts.items()}
@@ -3117,10 +3113,9 @@ def detect(encoder, train, run, s, size=1024, scales=(0.1, 2.0), **kind):
 
 def marked(image, objects):
     """An image, uint8 [3, H, W], with the masks and boxes of its objects in VOC's colours of their classes."""
-    labels = objects["labels"].cpu()
-    if len(labels) == 0:
+    if len(objects["labels"]) == 0:
         return image
-    colours = [tuple(colour) for colour in map_colours(labels[None, None])[0, :, 0].T.tolist()]
+    colours = colours_of(objects["labels"])
     image = draw_segmentation_masks(image, objects["masks"].cpu(), alpha=0.5, colors=colours)
     return draw_bounding_boxes(image, objects["boxes"].cpu(), colors=colours)
 
@@ -3368,7 +3363,7 @@ TUNED = {  # protocols with FineTuning's flags, but for these
     run_finetune: (),
     run_detect: OF_IMAGES,
     run_video: OF_IMAGES,
-    run_segment: (*OF_IMAGES, "label_smoothing", "min_lr", "epochs", "batch"),
+    run_segment: (*OF_IMAGES, "label_smoothing", "min_lr"),
 }
 
 
