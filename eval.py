@@ -2162,8 +2162,8 @@ def tune_on_maps(model, stage, stream, objective, schedule, count, s, run):
     drop path in the encoder. With --cost it prints what a step costs and ends the program.
 
     Args:
-        model: has `pyramid`, whose encoder is tuned, and what else is new; stream: a function from a Training to its batches
-        from its step on, (x [n, 3, H, W], targets); objective: (targets, key, rows [n], *maps of the pyramid) -> (loss,
+        model: has `pyramid`, whose encoder is tuned, and what else is new; stream: a function from what `decode` takes as order
+        to batches (x [n, 3, H, W], targets); objective: (targets, key, rows [n], *maps of the pyramid) -> (loss,
         {name: what is logged too}); schedule: as `warmup_cosine`; count: training images; s: FineTuning.
     """
     pyramid, precision = model.pyramid, run.machine.precision
@@ -2178,7 +2178,7 @@ def tune_on_maps(model, stage, stream, objective, schedule, count, s, run):
     def encode(x, drop):
         return tuple(pyramid(x, drop)), None
 
-    data = stream(training)
+    data = stream(shuffled(count, s.batch, training.step, training.total, s.seed))
     if run.settings.cost:
         data = measured(training, partial(tuple, next(data)))
     for x, targets in training.steps(data):
@@ -2432,7 +2432,6 @@ class UperNet(nn.Module):
         super().__init__()
         convolution = partial(Conv2dNormActivation, norm_layer=MapNorm)
         scales, (*finer, top) = scaling(pyramid, MapNorm)
-        self.width = width
         pools = (nn.Sequential(nn.AdaptiveAvgPool2d(side), convolution(top, width, 1)) for side in (1, 2, 3, 6))
         self.pools = nn.ModuleList(pools)
         self.pooled = convolution(top + 4 * width, width, 3)
@@ -2448,9 +2447,9 @@ class UperNet(nn.Module):
                 nn.init.xavier_uniform_(m.weight)  # 4.3
         self.pyramid = pyramid
 
-    def forward(self, maps, keep=None):
-        """The pyramid's maps [n, C, h, w] → logits on the grids of the first and of the third. keep: factors of dropout,
-        channel by channel [n, width + 256], or None."""
+    def forward(self, maps, keep=1, keep_auxiliary=1):
+        """The pyramid's maps [n, C, h, w] → logits on the grids of the first and of the third. keep, keep_auxiliary: factors
+        of dropout, channel by channel, [n, width, 1, 1] and [n, 256, 1, 1]."""
         *finer, top = (scale(m) for scale, m in zip(self.scales, maps))
         pools = [resized(pool(top), top.shape[2:]) for pool in self.pools]
         levels = [lateral(m) for lateral, m in zip(self.laterals, finer)]
@@ -2459,11 +2458,7 @@ class UperNet(nn.Module):
             levels[i] = levels[i] + resized(levels[i + 1], levels[i].shape[2:])
         levels[:3] = [output(level) for output, level in zip(self.outputs, levels)]
         x = self.fused(torch.cat([resized(level, levels[0].shape[2:]) for level in levels], 1))
-        third = self.auxiliary(finer[2])
-        if keep is not None:
-            of_head, of_auxiliary = keep[..., None, None].split([self.width, 256], 1)
-            x, third = x * of_head, third * of_auxiliary
-        return self.head(x), self.auxiliary_head(third)
+        return self.head(x * keep), self.auxiliary_head(self.auxiliary(finer[2]) * keep_auxiliary)
 
 
 def slide(function, x, size):
@@ -2506,14 +2501,12 @@ def upernet(encoder, train, val, run, s, size, relative=True):
     blocks = [round(encoder.depth * share / 12) for share in (4, 6, 8, 12)]
     pyramid = Pyramid(trainable_copy(encoder, s), blocks, (size, size), relative=relative)
     model = UperNet(pyramid, len(train.classes), encoder.dim).to(machine.device)
-
-    def stream(training):
-        order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
-        return annotated_batches(train, order, ScaledCrop(size, s.seed), machine)
+    stream = partial(annotated_batches, train, crop=ScaledCrop(size, s.seed), machine=machine)
 
     def objective(labels, key, rows, *maps):
-        keep = (uniform((*key, "dropout"), rows, model.width + 256, device=labels.device) >= 0.1) / 0.9
-        pixels = [resized(logits, labels.shape[1:]) for logits in model(maps, keep)]
+        noise = uniform((*key, "dropout"), rows, encoder.dim + 256, 1, 1, device=labels.device)
+        keep = ((noise >= 0.1) / 0.9).split([encoder.dim, 256], 1)
+        pixels = [resized(logits, labels.shape[1:]) for logits in model(maps, *keep)]
         ours, auxiliary = (F.cross_entropy(one, labels, ignore_index=-1, reduction="sum") for one in pixels)
         return (ours + 0.4 * auxiliary) / labels.numel(), {}
 
@@ -2600,23 +2593,19 @@ class Objects(Images):
     annotations: bytes = b""  # JSON
     spans: np.ndarray = None  # [N, 2], where in it an image's part begins and ends
 
-    def read(self, i):
-        """What is known of image i: {"id", "width", "height", "objects": [{"label", "bbox", "area", …}, …]}."""
-        start, end = self.spans[i].tolist()
-        return json.loads(self.annotations[start:end])
-
-    def open(self, i):
-        """Image i as an RGB PIL image; it is unreadable if it has another size than the annotations say."""
-        image, known = super().open(i), self.read(i)
-        size = known["width"], known["height"]
-        if image.size != size:
-            raise ValueError(f"it has {image.size} pixels, its annotations are for {size}")
-        return image
+    def open_both(self, i):
+        """Image i and its `target`; it is unreadable if it has another size than the annotations say."""
+        image, target = self.open(i), self.target(i)
+        height, width = target["masks"].shape[1:]
+        if image.size != (width, height):
+            raise ValueError(f"it has {image.size} pixels, its annotations are for {(width, height)}")
+        return image, target
 
     def target(self, i):
         """The objects of image i: boxes [m, 4] in pixels (left, top, right, bottom), labels [m] from 1, masks [m, H, W] bool,
         area [m], crowd [m] bool (a group whose members are not told apart: no training example), image_id."""
-        known = self.read(i)
+        start, end = self.spans[i].tolist()
+        known = json.loads(self.annotations[start:end])  # {"id", "width", "height", "objects": [{"label", "bbox", …}, …], …}
         objects, size = known["objects"], (known["height"], known["width"])
         masks = torch.zeros(len(objects), *size, dtype=torch.bool)
         for mask, o in zip(masks.numpy(), objects):
@@ -3030,7 +3019,7 @@ class ObjectCrop:
     seed: int = None
 
     def __call__(self, images, epoch, index):
-        image, target = images.open(index), images.target(index)
+        image, target = images.open_both(index)
         scale, places = 1.0, (0.0, 0.0)
         dice = random.Random(repr((self.seed, epoch, index)))
         if self.seed is not None:
@@ -3068,9 +3057,9 @@ def searched(detector, images, order, machine):
             yield index, detector.detect(augment(x), sizes), truths
 
 
-def detection_scores(detector, val, machine, batch=8):
+def detection_scores(detector, val, machine):
     """COCO's average precision of boxes and of masks, {"boxes": {"AP": in percent, …}, "masks": likewise}."""
-    order = [(0, part) for part in torch.arange(len(val))[rank() :: world()].split(batch) if len(part)]
+    order = [(0, part) for part in torch.arange(len(val))[rank() :: world()].split(8) if len(part)]
     compared = {"boxes": [], "masks": []}
     for _, found, truths in progress(searched(detector, val, order, machine), len(order), "batches of images searched"):
         for kind, rows in compared.items():
@@ -3098,8 +3087,7 @@ def detect(encoder, train, run, s, size=1024, scales=(0.1, 2.0), **kind):
     torch.manual_seed(s.seed)
     detector = Detector(trainable_copy(encoder, s), len(train.classes), size, **kind).to(machine.device)
 
-    def stream(training):
-        order = shuffled(len(train), s.batch, training.step, training.total, s.seed)
+    def stream(order):
         for (x, targets), _ in decode(train, order, ObjectCrop(size, scales, s.seed), machine):
             yield augment(x), [{name: v.to(machine.device) for name, v in target.items()} for target in targets]
 

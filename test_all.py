@@ -4216,11 +4216,6 @@ def test_segmentation_is_a_linear_classifier_of_patches_trained_on_pixels(in_flo
     encoder, result, predict = segmented(train, val, 6)
     assert result["blocks"] == [6, 2]
 
-    def cut(images, epoch, index, seed):
-        crop = protocols.AnnotatedCrop(24, seed)
-        x, y = map(torch.stack, zip(*(crop(images, epoch, i) for i in index)))
-        return protocols.augment(x), y.long() - 1
-
     for number, lr in enumerate((0.5, 20.0)):
         torch.manual_seed(0)
         w, b = torch.empty(2, 3, 64).normal_(std=0.01)[number].requires_grad_(), torch.zeros(3, requires_grad=True)
@@ -4231,8 +4226,8 @@ def test_segmentation_is_a_linear_classifier_of_patches_trained_on_pixels(in_flo
             grid = (norm(tokens) @ w.T + b).view(len(x), 6, 6, 3).permute(0, 3, 1, 2)
             return F.interpolate(grid, 24, mode="bilinear", align_corners=False)
 
-        for step, (epoch, index) in enumerate(common.shuffled(48, 8, 0, 36, 0)):
-            x, y = cut(train, epoch, index.tolist(), 0)
+        order = common.shuffled(48, 8, 0, 36, 0)
+        for step, (x, y) in enumerate(protocols.annotated_batches(train, order, protocols.AnnotatedCrop(24, 0), CPU)):
             optimizer.zero_grad()
             F.cross_entropy(upsampled(x), y, ignore_index=-1).backward()
             factor = (step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 33)) / 2
@@ -4240,7 +4235,7 @@ def test_segmentation_is_a_linear_classifier_of_patches_trained_on_pixels(in_flo
             optimizer.step()
 
         norm.eval()
-        x, y = cut(val, 0, range(20), None)
+        [(x, y)] = protocols.annotated_batches(val, [(0, torch.arange(20))], protocols.AnnotatedCrop(24), CPU)
         predicted = upsampled(x).argmax(1)
         miou = 100 * jaccard_score(y[y >= 0], predicted[y >= 0], average="macro")
         assert result["miou_by_lr"][lr] == pytest.approx(miou, abs=1e-6)
@@ -4333,7 +4328,7 @@ def plain_upernet(head, maps, keep):
     p2 = levels[0] + like(p3, levels[0])
     levels = [layer(part, p) for part, p in zip(head.outputs, (p2, p3, p4))] + [p5]
     x = layer(head.fused, torch.cat([like(p, p2) for p in levels], 1))
-    return head.head(x * keep[:, :4, None, None]), head.auxiliary_head(layer(head.auxiliary, maps[2]) * keep[:, 4:, None, None])
+    return head.head(x * keep[0]), head.auxiliary_head(layer(head.auxiliary, maps[2]) * keep[1])
 
 
 def test_upernets_head_is_the_formula_with_torchs_modules():
@@ -4341,8 +4336,8 @@ def test_upernets_head_is_the_formula_with_torchs_modules():
     with mock.patch.object(protocols, "scaling", lambda *_: scales):
         head = randomized(protocols.UperNet(nn.Identity(), 5, 4))
     maps = [normal(2, width, 2 * side, side, seed=side) for width, side in zip((8, 6, 10, 12), (16, 8, 4, 2))]
-    keep = normal(2, 4 + 256)
-    for found, expected in zip(head(maps, keep), plain_upernet(head, maps, keep), strict=True):
+    keep = normal(2, 4, 1, 1), normal(2, 256, 1, 1)
+    for found, expected in zip(head(maps, *keep), plain_upernet(head, maps, keep), strict=True):
         assert error(found, expected) < 1e-12
     assert head.fused[1].running_var.ne(1).any()  # a BatchNorm that keeps statistics
 
@@ -4568,11 +4563,8 @@ def test_annotations_of_objects_that_do_not_fit_are_named_in_one_line(coco, caps
     with pytest.raises(InputError, match="there is no .*val2017; give `shapes` or a folder of COCO's layout"):
         protocols.load_objects(str(folder), "val")
     content["images"][0]["width"] = 61
-    images = load_coco(folder, content)[1]
-    with pytest.raises(ValueError, match=r"it has \(60, 40\) pixels, its annotations are for \(61, 40\)"):
-        images.open(1)
     with pytest.raises(ValueError, match="the runs of a mask fill 2400 pixels, the image has 2440"):
-        images.target(1)
+        load_coco(folder, content)[1].target(1)
 
 
 def test_scenes_have_boxes_around_their_masks_and_the_shapes_of_their_labels():
