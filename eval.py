@@ -2785,8 +2785,9 @@ def compare(found, truth, kind):
     if kind == "masks":
         inside, area, of_truth = a @ b.T, a.sum(1), b.sum(1)
     else:
-        sides = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
-        inside, area, of_truth = sides.clamp(min=0).prod(-1), box_area(a), box_area(b)
+        low = torch.maximum(a[:, None, :2], b[:, :2])
+        high = torch.minimum(a[:, None, 2:], b[:, 2:])
+        inside, area, of_truth = (high - low).clamp(min=0).prod(-1), box_area(a), box_area(b)
     crowd = truth["crowd"]
     union = area[:, None] + torch.where(crowd, 0, of_truth - inside)  # a crowd may be overlapped in part
     iou = inside / torch.where(inside > 0, union, 1)

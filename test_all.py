@@ -4092,7 +4092,7 @@ def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
 
 def looped_attention(attn, x, bias, side):
     """Attention of x [L, D] on a grid `side` columns wide, score by score; bias [heads, …] by key minus query."""
-    q, k, v = (part.view(len(x), attn.heads, -1) for part in attn.qkv(x).chunk(3, -1))
+    q, k, v = attn.qkv(x).view(len(x), 3, attn.heads, -1).unbind(1)
     rows, columns = ((length + 1) // 2 for length in bias.shape[1:])
     out = torch.zeros_like(v)
     for head, i in itertools.product(range(attn.heads), range(len(x))):
@@ -4138,10 +4138,10 @@ def test_a_window_as_large_as_the_grid_is_attention_to_all_of_it(post_norm):
     for block in encoder.stack():
         tokens = block(tokens)
     assert error(plain(x)[0].flatten(2).mT, tokens) < 1e-12
-    windowed, whole = (protocols.Pyramid(encoder, [4], (32, 32), window) for window in (4, 0))
-    for pyramid in (windowed, whole):
+    windowed, unbroken = (protocols.Pyramid(encoder, [4], (32, 32), window) for window in (4, 0))
+    for pyramid in (windowed, unbroken):
         randomized(pyramid.biases)
-    assert error(windowed(x)[0], whole(x)[0]) < 1e-12
+    assert error(windowed(x)[0], unbroken(x)[0]) < 1e-12
 
 
 def doubled(layer, x):
@@ -4273,8 +4273,8 @@ def test_image_and_label_map_are_cut_and_flipped_alike():
     for epoch in range(20):
         dice = random.Random(repr((3, epoch, 1)))
         box, flip = common.crop_box(dice, 40, 48, (0.08, 1.0)), dice.random() < 0.5
-        for found, (whole, mode) in zip(protocols.AnnotatedCrop(32, seed=3)(images, epoch, 1), both):
-            expected = tv.pil_to_tensor(tv.resized_crop(whole, *box, [32, 32], mode)).squeeze(0)
+        for found, (picture, mode) in zip(protocols.AnnotatedCrop(32, seed=3)(images, epoch, 1), both):
+            expected = tv.pil_to_tensor(tv.resized_crop(picture, *box, [32, 32], mode)).squeeze(0)
             assert torch.equal(found, expected.flip(-1) if flip else expected)
         flips += flip
     assert 0 < flips < 20
@@ -4312,21 +4312,21 @@ def test_annotations_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
 def plain_upernet(head, maps, keep):
     """The formula with torch's own modules."""
 
-    def layer(part, x):
-        x = F.conv2d(x, part[0].weight, padding=part[0].kernel_size[0] // 2)
-        return F.batch_norm(x, None, None, part[1].weight, part[1].bias, training=True).relu()
+    def layer(of, x):
+        x = F.conv2d(x, of[0].weight, padding=of[0].kernel_size[0] // 2)
+        return F.batch_norm(x, None, None, of[1].weight, of[1].bias, training=True).relu()
 
     def like(x, other):
         return nn.Upsample(other.shape[2:], mode="bilinear", align_corners=False)(x)
 
     top = maps[3]
     pools = [like(layer(pool[1], nn.AdaptiveAvgPool2d(side)(top)), top) for pool, side in zip(head.pools, (1, 2, 3, 6))]
-    levels = [layer(part, m) for part, m in zip(head.laterals, maps)]
+    levels = list(map(layer, head.laterals, maps))
     p5 = layer(head.pooled, torch.cat([top, *pools], 1))
     p4 = levels[2] + like(p5, levels[2])
     p3 = levels[1] + like(p4, levels[1])
     p2 = levels[0] + like(p3, levels[0])
-    levels = [layer(part, p) for part, p in zip(head.outputs, (p2, p3, p4))] + [p5]
+    levels = [*map(layer, head.outputs, (p2, p3, p4)), p5]
     x = layer(head.fused, torch.cat([like(p, p2) for p in levels], 1))
     return head.head(x * keep[0]), head.auxiliary_head(layer(head.auxiliary, maps[2]) * keep[1])
 
@@ -4352,8 +4352,8 @@ def test_upernet_is_trained_by_mmsegmentations_recipe_for_mae(tmp_path):
     *_, s, size, relative = upernet.call_args.args
     steps = round(s.epochs * (37 // 16))
     assert (steps, s.batch, size, relative) == (160_000, 16, 512, True)
-    rates = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
-    assert rates == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
+    recipe = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
+    assert recipe == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
     for flags, message in [
         ("--lr 1", "--head linear takes --epochs and --batch"),
         ("--cost", "--head linear takes --epochs and --batch"),
@@ -4405,14 +4405,19 @@ def test_scaled_crops_hold_two_classes_where_they_can_and_what_is_missing_counts
 
 
 @pytest.mark.parametrize(
-    "first, chances, change",
-    [(0.0, (0, 9, 9, 9), lambda x: x + 16), (0.0, (9, 0, 9, 9), lambda x: 1.25 * x), (1.0, (9, 9, 9, 0), lambda x: 1.25 * x)],
+    "chances, brighter, factor",
+    [
+        ((0, 0, 9, 9, 9), 16, 1),
+        ((0, 9, 0, 9, 9), 0, 1.25),
+        ((1, 9, 9, 9, 0), 0, 1.25),
+    ],
 )
-def test_photometric_distortion_is_the_formula(first, chances, change):
+def test_photometric_distortion_is_the_formula(chances, brighter, factor):
     """Half of 32 levels more brightness; half of 50 % more contrast, before the others or after them."""
     image = pictures(1, 20, 20)[0]
-    dice = mock.Mock(random=mock.Mock(side_effect=[first, *chances]), uniform=mock.Mock(return_value=0.5))
-    assert (protocols.distort(image, dice) - change(image.double()).clamp(0, 255)).abs().max() <= 0.5 + 1e-3
+    dice = mock.Mock(random=mock.Mock(side_effect=chances), uniform=mock.Mock(return_value=0.5))
+    expected = (factor * image.double() + brighter).clamp(0, 255)
+    assert (protocols.distort(image, dice) - expected).abs().max() <= 0.5 + 1e-3
     assert dice.uniform.call_args_list == [mock.call(-1, 1)] * 4
 
 
@@ -4631,8 +4636,8 @@ def test_a_detector_takes_the_same_steps_whole_in_pieces_and_over_ranks(two):
 
 
 def test_detection_scores_over_two_processes_are_those_of_one(two):
-    alone, *ranks = (common.to_json(found["scores"]) for found in (two[0], *two[1]))
-    assert ranks == [alone, alone] and b"AP75" in alone
+    alone, *of_ranks = (common.to_json(found["scores"]) for found in (two[0], *two[1]))
+    assert of_ranks == [alone, alone] and b"AP75" in alone
 
 
 def test_map_norm_over_ranks_that_hold_different_numbers_is_torchs_over_all_maps(two):
@@ -4651,7 +4656,7 @@ def test_the_proposals_batch_norm_is_that_of_all_maps_together():
     for layer, norm in zip(module.layers, module.norms):
         flat = torch.cat([F.conv2d(m, layer.weight, layer.bias, padding=1).flatten(2) for m in expected], 2)
         flat = F.batch_norm(flat, None, None, norm.weight, norm.bias, training=True).relu()
-        expected = [part.view_as(m) for part, m in zip(flat.split([64, 16, 4], 2), maps)]
+        expected = list(map(torch.Tensor.view_as, flat.split([64, 16, 4], 2), maps))
     assert all(error(a, b) < 1e-12 for a, b in zip(module(maps), expected, strict=True))
 
 
@@ -4817,13 +4822,13 @@ def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with
         run("--out broken")
     run("--out broken --resume")
     assert steps == [*range(4), 0, 1, 2, 3]
-    whole, broken = (json.loads(Path(folder, "detect.json").read_text()) for folder in ("whole", "broken"))
+    result, again = (json.loads(Path(folder, "detect.json").read_text()) for folder in ("whole", "broken"))
     for name in ("boxes", "masks"):
-        assert whole[name] == broken[name] and len(whole[name]) == 6
-    whole, broken = (torch.load(f"{folder}/detector.pt")["detector"] for folder in ("whole", "broken"))
-    assert all(torch.equal(broken[name], value) for name, value in whole.items())
+        assert result[name] == again[name] and len(result[name]) == 6
+    weights, again = (torch.load(f"{folder}/detector.pt")["detector"] for folder in ("whole", "broken"))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
     name = "blocks.0.attn.qkv.weight"
-    assert not torch.equal(whole[f"pyramid.encoder.{name}"], torch.load("encoder.pt")["model"][name])
+    assert not torch.equal(weights[f"pyramid.encoder.{name}"], torch.load("encoder.pt")["model"][name])
     assert Image.open("broken/detect.png").size == (10 + 5 * 138, 3 * 162 + 16) and not Path("broken/detect.run").exists()
 
 
