@@ -2349,7 +2349,8 @@ def pixel_confusion(logits, val, crop, machine, batch=16):
     stream = annotated_batches(val, mine, crop, machine)
     for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
         found = logits(x, labels.shape[1:])
-        need_finite(found.sum(0), val, part.to(found.device))
+        first = val.name(part[0])
+        need(found.isfinite().all(), f"logits of the images from {first} on are not finite: look at the encoder's weights")
         of_pixels = (labels * classes + found.argmax(-1))[:, labels >= 0]  # [P, pixels that count]
         confusion = confusion + torch.stack([one.bincount(minlength=classes**2) for one in of_pixels])
     return gather(confusion[None]).sum(0).unflatten(1, (classes, classes))
