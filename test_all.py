@@ -5,7 +5,7 @@ differences, one process against two, a killed run against an unbroken one.
 
     pytest test_all.py --durations=15            # some minutes on two CPU cores
     SLOW=1 pytest test_all.py                    # the long ones too
-    python test_all.py bench ranks               # ratios of alternating runs; also: plain, list, eval, attention, step
+    python test_all.py bench ranks               # ratios of alternating runs; also: plain, step, list, knn, kmeans, regression
     python test_all.py bench input FOLDER        # images a second of one worker
 
 "Equal" is max|a - b| / max|b| of a tensor (`error`, `assert_equal`): 1e-10 in float64, 1e-5 in float32, unless a test
@@ -3501,24 +3501,28 @@ def few_points(classes=20, shots=5, dim=48, tests=0, noise=1.0):
     return x[shot], y[shot], x[~shot], y[~shot]
 
 
-@pytest.mark.parametrize("noise", [0.5, 2.0])
-def test_logistic_regression_is_scikit_learns_within_its_tolerance(noise):
+def scikit_learns_regression(x, y, penalty, tol):
+    """Its weights [D, C] for the least `regression_loss`."""
     from sklearn.linear_model import LogisticRegression
 
+    model = LogisticRegression(C=1 / (penalty * len(x)), fit_intercept=False, tol=tol, max_iter=100_000)
+    return torch.from_numpy(model.fit(x.numpy(), y.numpy()).coef_.T)
+
+
+def regression_loss(x, y, w, penalty):
+    return F.cross_entropy(x.double() @ w, y) + penalty / 2 * w.square().sum()
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_logistic_regression_is_scikit_learns_within_its_tolerance(noise):
     x, y, *_ = few_points(noise=noise)
     x = F.normalize(x - x.mean(1, keepdim=True), dim=1)
-
-    def objective(w, penalty):  # by a loop over samples
-        losses = [(v @ w).logsumexp(0) - v @ w[:, c] for v, c in zip(x.double(), y.tolist())]
-        return sum(losses) / len(x) + penalty / 2 * w.square().sum()
-
     for penalty in (1e-7, 2.5e-6, 1e-4, 1e-2, 1):
-        model = LogisticRegression(C=1 / (penalty * len(x)), fit_intercept=False, tol=1e-10, max_iter=100_000)
-        theirs = torch.from_numpy(model.fit(x.double().numpy(), y.numpy()).coef_.T)
+        theirs = scikit_learns_regression(x.double(), y, penalty, 1e-10)
         for inputs in (x, x.double()):
             w = protocols.logistic_regression(inputs, y, 20, penalty).double().requires_grad_()
-            value = objective(w, penalty)
-            assert value < 1.0001 * objective(theirs, penalty)
+            value = regression_loss(x, y, w, penalty)
+            assert value < 1.0001 * regression_loss(x, y, theirs, penalty)
         (gradient,) = torch.autograd.grad(value, w)  # in float64: no value is less by more than the share 1e-4
         assert gradient.square().sum() <= 2 * penalty * 1e-4 * value * (1 + 1e-9)
 
@@ -7136,35 +7140,21 @@ def processor():
     return f"{(names or [platform.processor()])[0]}, bfloat16: {common.has_bfloat16(CPU.device)}"
 
 
-def with_attention(step, attention, *args):
-    with mock.patch.object(common, "attend", attention):
-        step(*args)
+def mae_of_size(model, *decoder):
+    """A step's encode of MAE at 224 pixels, and a module of all its weights."""
+    encoder = common.build_vit(model, 224)
+    decode = common.MAEDecoder(encoder.grid, 16, encoder.dim, *decoder)
+
+    def encode(x, noise):
+        ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
+        return (), common.mae_loss(decode(encoder(x, ids_keep), ids_restore), x, mask)
+
+    return encode, nn.ModuleList([encoder, decode])
 
 
-def compare_attention(name, step, *args, pairs):
-    """`step` with common.attend against the same with torch's fused kernel."""
-    ours, fused = (partial(with_attention, step, f, *args) for f in (common.attend, F.scaled_dot_product_attention))
-    compare(f"{name}, against F.scaled_dot_product_attention", ours, fused, pairs)
-    return seconds(ours)
-
-
-def bench_attention():
-    """A training step of a small ViT on this CPU with common.attend and with torch's fused kernel."""
-    encoder, x = common.build_vit("vit_nano8", 48), torch.randn(128, 3, 48, 48)
-
-    def encode(x):
-        return (encoder.pooled(encoder(x)),), None
-
-    def objective(y):
-        return y.square().mean(), None
-
-    for precision in (torch.float32, torch.bfloat16):
-        compare_attention(f"attention in {precision}", backward, encode, objective, (x,), 0, precision, pairs=7)
-
-
-def bench_step():
-    """Steps at the papers' sizes. On a CPU that of MAE, ViT-B/16 at 224 pixels, batch 32 in bfloat16, against the same
-    with torch's fused attention. On a GPU --cost of all papers, B and L: flash and written-out attention, compiled or not.
+def bench_step(batch=8):
+    """Steps at the papers' sizes. On a CPU the gradients of MAE, ViT-B/16 at 224 pixels, with common.attend and with torch's
+    fused kernel. On a GPU --cost of all papers, B and L: flash and written-out attention, compiled or not.
     """
     if torch.cuda.is_available():
         choices = (TINY, ("vit_b16", "vit_l16"), ("FLASH_ATTENTION", "MATH"), ("--no_compile", "--compile"))
@@ -7175,20 +7165,17 @@ def bench_step():
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend[kernel]):
                 program.main(["--cost", "--model", model, "--batch", "64", *mae_batch, compiled])
         return
-    encoder, x = common.build_vit("vit_b16", 224), torch.randn(32, 3, 224, 224)
-    decoder = common.MAEDecoder(encoder.grid, 16, encoder.dim)
-    optimizer = common.adamw(common.parameter_groups(nn.ModuleList([encoder, decoder]), 1e-4, 0.05))
+    encode, _ = mae_of_size("vit_b16")
+    x, noise = torch.randn(batch, 3, 224, 224), uniform((0,), torch.arange(batch), 196)
 
-    def encode(x, noise):
-        ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
-        return (), common.mae_loss(decoder(encoder(x, ids_keep), ids_restore), x, mask)
+    def step(precision, attention):
+        with mock.patch.object(common, "attend", attention):
+            backward(encode, None, (x, noise), 0, precision)
 
-    def step():
-        backward(encode, None, (x, uniform((0,), torch.arange(32), 196)), 0, torch.bfloat16)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    print(f"{32 / compare_attention('MAE step of ViT-B/16', step, pairs=5):.1f} images/s")
+    for precision in (torch.float32, torch.bfloat16):
+        ours, fused = (partial(step, precision, f) for f in (common.attend, F.scaled_dot_product_attention))
+        compare(f"MAE step in {precision}, against F.scaled_dot_product_attention", ours, fused, pairs=5)
+        print(f"{batch / seconds(ours):.1f} images/s")
 
 
 class PlainMAE(nn.Module):
@@ -7213,75 +7200,37 @@ class PlainMAE(nn.Module):
         return common.mae_loss(self.decoder(z + self.decoder_positions)[:, 1:], x, removed).mean()
 
 
-def mae_of_size_s():
-    """The same of this project: encode, and a module of all weights."""
-    encoder = common.build_vit("vit_s16", 224)
-    decoder = common.MAEDecoder(encoder.grid, 16, encoder.dim, 256, 4, 8)
-
-    def encode(x, noise):
-        ids_keep, ids_restore, mask = common.random_masking(noise, 0.75)
-        return (), common.mae_loss(decoder(encoder(x, ids_keep), ids_restore), x, mask)
-
-    return encode, nn.ModuleList([encoder, decoder])
-
-
 def bench_plain(batch=8):
-    """A float32 step of MAE, ViT-S/16 at 224 pixels, against the same from timm's blocks."""
-    pixels, noise = pictures(batch, 224, 224), uniform((0,), torch.arange(batch), 196)
-    encode, module = mae_of_size_s()
+    """A float32 step of MAE, ViT-S/16 at 224 pixels, with augmentation, norm, finiteness and log, against the same from timm's
+    blocks; over processes, in DistributedDataParallel."""
+    common.start_processes()
+    pixels = pictures(batch, 224, 224, seed=common.rank())
+    noise = uniform((0, common.rank()), torch.arange(batch), 196)
+    encode, module = mae_of_size("vit_s16", 256, 4, 8)
     plain = PlainMAE(384, 12, 6, 256, 4, 8)
     optimizers = [common.adamw(common.parameter_groups(m, 1e-4, 0.05)) for m in (module, plain)]
     training = common.Training(Run(CPU), "", dict(module=module, optimizer=optimizers[0]), batch, batch, 1)
+    model = nn.parallel.DistributedDataParallel(plain) if common.world() > 1 else plain
 
     def ours():
         loss, _ = backward(encode, None, (common.augment(pixels), noise))
         training.take_step(optimizers[0], loss)
 
     def theirs():
-        loss = plain(tv.normalize(pixels / 255, common.MEAN, common.STD), noise)
+        loss = model(tv.normalize(pixels / 255, common.MEAN, common.STD), noise)
         loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()]).item()
-        optimizers[1].step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        means = common.means_over_ranks(dict(loss=loss, norm=norm), CPU.device)
+        if all(map(math.isfinite, means.values())):
+            optimizers[1].step()
         optimizers[1].zero_grad()
 
-    compare("step of MAE, ViT-S/16, against one of timm's blocks", ours, theirs, pairs=7)
+    compare(f"step of MAE, ViT-S/16, on {common.world()} processes, against timm's blocks", ours, theirs, pairs=7)
 
 
 def bench_ranks():
-    """A step of MAE on two processes (ViT-S/16 at 224 pixels, 8 images each) against DistributedDataParallel, both with
-    augmentation, norm, finiteness and log."""
-    print(torchrun(__file__, "ranks", "8").stdout, end="")
-
-
-def ranks(batch):
-    """What `bench_ranks` runs on each process."""
-    common.start_processes()
-    rows = torch.arange(int(batch))
-    pixels, noise = pictures(len(rows), 224, 224, seed=common.rank()), uniform((0, common.rank()), rows, 196)
-    (encode, module), (other_encode, other) = mae_of_size_s(), mae_of_size_s()
-    optimizers = [common.adamw(common.parameter_groups(m, 1e-4, 0.05)) for m in (module, other)]
-    training = common.Training(Run(CPU), "", dict(module=module, optimizer=optimizers[0]), 8, 8, 1)
-    other.forward = lambda x, noise: other_encode(x, noise)[1].mean()
-    ddp = nn.parallel.DistributedDataParallel(other)
-
-    def ours():
-        torch.distributed.barrier()
-        for _ in range(2):
-            loss, _ = backward(encode, None, (common.augment(pixels), noise))
-            training.take_step(optimizers[0], loss)
-
-    def theirs():
-        torch.distributed.barrier()
-        for _ in range(2):
-            loss = ddp(common.augment(pixels), noise)
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in other.parameters() if p.grad is not None])
-            means = common.means_over_ranks(dict(loss=loss, norm=norm, stop=torch.zeros(())), CPU.device)
-            if math.isfinite(means["loss"]) and math.isfinite(means["norm"]):
-                optimizers[1].step()
-            optimizers[1].zero_grad()
-
-    compare("step over two processes, against DistributedDataParallel", ours, theirs, pairs=11)
+    """The same on two processes."""
+    print(torchrun(__file__, "bench", "plain").stdout, end="")
 
 
 def bench_list(files=100_000):
@@ -7327,10 +7276,8 @@ def bench_input(folder, gpu_rate=1000.0):
         print(f"{rate:.1f} images/s by one worker; a GPU of {gpu_rate:g} images/s (assumed) needs {workers} such workers")
 
 
-def bench_eval():
-    """k-NN, k-means and logistic regression against scikit-learn, both on all cores of this CPU."""
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.linear_model import LogisticRegression
+def bench_knn():
+    """Against scikit-learn's, both on all cores of this CPU, as in the next two."""
     from sklearn.neighbors import KNeighborsClassifier
 
     x, y = torch.randn(60_000, 1024), torch.randint(100, (60_000,))
@@ -7339,6 +7286,10 @@ def bench_eval():
     ours = partial(protocols.knn, x[:50_000], y[:50_000], x[50_000:], y[50_000:])
     theirs = partial(model.score, x[50_000:].numpy(), y[50_000:].numpy())
     compare("k-NN, 50 000 x 1024 and 10 000 features, against KNeighborsClassifier", ours, theirs, pairs=3)
+
+
+def bench_kmeans():
+    from sklearn.cluster import MiniBatchKMeans
 
     precision = common.start_machine().precision
     for noise in (2.0, 5.0):  # the centres are 28 apart: clusters that hardly touch, clusters that overlap
@@ -7355,51 +7306,41 @@ def bench_eval():
         compare(f"100 k-means runs, noise {noise:g}, against MiniBatchKMeans", ours, theirs, pairs=1)
         print(f"    best losses {losses}")
 
-    decay = torch.arange(1, 769) ** -0.7  # of the features' deviations
-    y = torch.arange(200).repeat_interleave(5)
-    x = F.normalize((torch.randn(200, 768)[y] + 2 * torch.randn(1000, 768)) * decay, dim=1)
-    penalty = 0.00025 / 1000
 
-    def many_classes():
-        return protocols.logistic_regression(x, y, 200, penalty)
+def bench_regression():
+    """100 classes as they come, in all penalties; 200 whose features' deviations decay, in that of low-shot."""
+    x, y = random_classes(100, 384)
+    compare_regression("100 classes", x, y, [10.0**e for e in range(-7, 1)], (1e-4, 1e-7))
+    x, y = random_classes(200, 768)
+    compare_regression("200 classes", F.normalize(x * torch.arange(1, 769) ** -0.7, dim=1), y, [2.5e-7], (1e-8,))
 
-    def theirs(tol=1e-8):
-        model = LogisticRegression(C=1 / (penalty * 1000), fit_intercept=False, max_iter=100_000, tol=tol)
-        return torch.from_numpy(model.fit(x.numpy(), y.numpy()).coef_.T)
 
-    def value(w):
-        return F.cross_entropy(x.double() @ w.double(), y) + penalty / 2 * w.double().square().sum()
+def random_classes(classes, dim):
+    """Five features of length 1 of each class, and their labels."""
+    y = torch.arange(classes).repeat_interleave(5)
+    return F.normalize(torch.randn(classes, dim)[y] + 2 * torch.randn(len(y), dim), dim=1), y
 
-    compare("logistic regression, 1000 x 768, 200 classes, against LogisticRegression(tol=1e-8)", many_classes, theirs, 5)
-    least = value(theirs(1e-11))
-    print(f"    excess over the least loss: {value(many_classes()) / least - 1:.1e}, theirs {value(theirs()) / least - 1:.1e}")
 
-    centres, y = torch.randn(100, 384), torch.arange(100).repeat_interleave(5)
-    splits = [F.normalize(centres[y] + 2 * torch.randn(500, 384), dim=1) for _ in range(3)]
-    problems = [(x, 10.0**e) for x in splits for e in range(-7, 1)]
-    values = {}
+def compare_regression(name, x, y, penalties, tolerances):
+    """Against LogisticRegression of each tolerance, its default or what it takes to come as near to the minimum as we do."""
 
-    def solve(name, solver):
-        """Keeps mean cross-entropy + penalty / 2 · |w|² of each problem's solution."""
-        found = [(x.double(), solver(x, penalty).double(), penalty) for x, penalty in problems]
-        values[name] = [F.cross_entropy(x @ w, y) + penalty / 2 * w.square().sum() for x, w, penalty in found]
+    def ours(penalty):
+        return protocols.logistic_regression(x, y, len(y.unique()), penalty)
 
-    def regression(x, penalty):
-        return protocols.logistic_regression(x, y, 100, penalty)
+    def solve(solver):
+        return [regression_loss(x, y, solver(penalty).double(), penalty) for penalty in penalties]
 
-    def scikit_learn(tol, x, penalty):
-        model = LogisticRegression(C=1 / (penalty * len(x)), fit_intercept=False, max_iter=100_000, tol=tol)
-        return torch.from_numpy(model.fit(x.numpy(), y.numpy()).coef_.T)
-
-    solve("exact", partial(scikit_learn, 1e-10))
-    for tol in (1e-4, 1e-7):  # its default; what it takes to come as near to the minimum as we do
-        ours, theirs = partial(solve, "ours", regression), partial(solve, "theirs", partial(scikit_learn, tol))
-        compare(f"logistic regression, against LogisticRegression(tol={tol})", ours, theirs, pairs=5)
-        for name in ("ours", "theirs"):
-            excess = max(a / b - 1 for a, b in zip(values[name], values["exact"]))
-            print(f"    largest excess over the least loss, {name}: {100 * excess:.3f} %")
+    least = solve(lambda penalty: scikit_learns_regression(x, y, penalty, 1e-11))
+    for tol in tolerances:
+        solvers = ours, partial(scikit_learns_regression, x, y, tol=tol)
+        compare(f"logistic regression, {name}, against LogisticRegression(tol={tol})", *(partial(solve, s) for s in solvers), 5)
+        excess = [max(a / b - 1 for a, b in zip(solve(solver), least)) for solver in solvers]
+        print(f"    largest excess over the least loss: {excess[0]:.1e}, theirs {excess[1]:.1e}")
 
 
 if __name__ == "__main__":
     action, name, *more = sys.argv[1:]
-    {"worker": worker, "ranks": ranks, "bench": lambda name, *more: globals()[f"bench_{name}"](*more)}[action](name, *more)
+    if action == "worker":
+        worker(name)
+    else:
+        globals()[f"bench_{name}"](*more)
