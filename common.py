@@ -3111,7 +3111,7 @@ def load_safetensors(path):
 
 def is_torch_file(path):
     """Whether torch.save wrote a file: a zip with data.pkl, or torch's old magic number."""
-    with contextlib.suppress(zipfile.BadZipFile):
+    with contextlib.suppress(zipfile.BadZipFile, ValueError, RuntimeError):  # a damaged one has names that are no text, …
         return any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist())
     return b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in Path(path).open("rb").read(20)
 
