@@ -3692,7 +3692,8 @@ def test_embed_draws_points_in_the_colours_of_their_classes(job):
         with mock.patch.object(protocols, "draw_curves", side_effect=common.draw_curves) as draw:
             protocols.run_embed(job)
     curves = draw.call_args.args[1]
-    expected = {name: [[x], [y]] for name, (x, y) in zip(many[::2], points[:16].tolist())}  # 32 marks can be told apart
+    marked = zip(many[::2], points[:16].tolist())  # 32 marks can be told apart
+    expected = {name: [[x], [y]] for name, (x, y) in marked}
     assert curves == expected | {"others": points[16:].T.tolist()}
 
 
@@ -6349,7 +6350,8 @@ def test_the_list_of_a_paper_has_all_of_its_tables_and_figures(program):
         for span in numbers.split(", "):
             first, _, last = span.partition("-")
             listed[kind] |= set(range(int(first), int(last or first) + 1))
-    counts = {mae_ct: (22, 11), mim_refiner: (14, 8), can: (11, 16), cmae: (4, 5), vicmae: (10, 2)}
+    counts = {mae_ct: (22, 11), mim_refiner: (14, 8), can: (11, 16),
+              cmae: (4, 5), vicmae: (10, 2)}  # fmt: skip
     tables, figures = counts[program]
     assert listed == {"Table": set(range(1, tables + 1)), "Figure": set(range(1, figures + 1))}
 
@@ -6388,19 +6390,10 @@ def test_every_training_of_the_list_starts(program, folders, monkeypatch):
     assert len(started) > 1
 
 
-def commands_of(program):
-    """(words of a command, what it makes) of each line of the docstring's list."""
-    for line in program.__doc__.split("Tables and figures")[1].splitlines():
-        found = re.fullmatch(r" {4}(\w.*?)(?: {2,}(.*))?", line)
-        if found:
-            yield found[1].split(), found[2]
-
-
 def test_every_command_of_the_list_of_tables_runs(folders, monkeypatch):
     torch.manual_seed(0)
     common.save_encoder("encoder.pt", common.ViT(16, 8, 8, 24, 2))
     shutil.copy("encoder.pt", "FILE")
-    Path("LIST").write_text("a\nb\n")
     files = "\n".join(f"{c}/{i:03d}.png" for c, i in itertools.product("ab", (0, 3)))
     os.symlink(folders / "labelled/val", "FOLDER")
     few = Images(torch.arange(16) % 3, list("abc"), pixels=pictures(16, 16, 16))
@@ -6411,7 +6404,7 @@ def test_every_command_of_the_list_of_tables_runs(folders, monkeypatch):
     monkeypatch.setattr(protocols, "load_transfer_set", lambda *args: (few, few))
     monkeypatch.setattr(protocols, "linear_fewshot", partial(protocols.linear_fewshot, steps=3))
     sets = {name.lower() for name in torchvision.datasets.__all__} | {"voc2007"}
-    listed = [" ".join(words) for words, _ in commands_of(protocols)]
+    listed = re.findall(r"^ {4}(\w.*?)(?: {2,}.*)?$", protocols.__doc__.split("Tables and figures")[1], re.M)
     for paper in TINY:
         listed += [command.removeprefix("eval.py ") for command in listed_by(paper) if command.startswith("eval.py")]
     started = set()
@@ -6552,7 +6545,8 @@ def test_drawn_curves_stand_where_their_values_are():
     assert (blue[510:].sum(), orange[510:].sum()) > (50, 50)  # the legend
 
 
-SPANS = [(0, 1), (-3e-7, 4e-7), (12.5, 13.1), (0.5, 89), (-10.5, 1e6), (2.5, 2.5)]
+SPANS = [(0, 1), (-3e-7, 4e-7), (12.5, 13.1),
+         (0.5, 89), (-10.5, 1e6), (2.5, 2.5)]  # fmt: skip
 
 
 @pytest.mark.parametrize("low, high", SPANS)
