@@ -1327,7 +1327,8 @@ def load_splits(data, labels=False, val=True, load=None, **how):
     has_val = not Path(data).is_dir() or split_folder(data, "val") != Path(data)
     val = load(data, "val", False, **how) if train.classes and has_val else None
     if not (val and val.classes):
-        print0(f"no evaluation on {data}: it needs labels, and val/, validation/ or test/ with labels too")
+        print0(f"no evaluation on {data}: it needs class folders, and val/, validation/ or test/ of the same, or a flat one and "
+               "its list val.txt")  # fmt: skip
         return train, None
     odd = sorted(set(train.classes) ^ set(val.classes))
     need(not odd, f"--data {data}: training and validation folders have different classes ({', '.join(map(str, odd[:5]))})")
@@ -2336,7 +2337,8 @@ def check_batch(settings, images, batch, epochs):
     than a step."""
     need(batch >= 1, f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
     need(batch <= len(images),
-         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data})")  # fmt: skip
+         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data}): for so few, choose "
+         "smaller batches, queues and warm-ups of all stages (--help lists them)")  # fmt: skip
     per_epoch = len(images) // batch
     need(round(epochs * per_epoch) >= 1, f"{epochs:g} epochs of {per_epoch} steps are not one step: choose more")
     need(batch % world() == 0, f"batch {batch} is not divisible by {world()} processes")
@@ -2442,13 +2444,15 @@ class Run:
         if self.settings.resume and (folder / "results.json").exists():
             path, remedy = folder / "results.json", "delete it, or restore it"
             self.results = read_json(path, remedy)
+            self.results.pop("units", None)
             need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
 
     def report(self, name, values):
-        """Adds a dict of final numbers to results.json under `name`."""
+        """Adds a dict of final numbers to results.json under `name`; their units stand there once."""
         self.results[name] = values
         if self.folder:
-            write_atomic(self.folder / "results.json", to_json(self.results))
+            units = {number: unit(number) for number in itertools.chain(*self.results.values())}
+            write_atomic(self.folder / "results.json", to_json(self.results | dict(units=units)))
 
     def take_checkpoint(self, stage, state, count):
         """Loads the checkpoint of a stage into its state; returns the step to go on with, 0 without one."""

@@ -412,7 +412,7 @@ def main(argv):
         pretrain_mae(run, encoder, decoder, train, s.mae_views, s.mask_ratio, s.norm_pix)
     if "combined" in s.stages:
         combined_pretraining(run, encoder, decoder, head, train)
-    before = "combined" if "combined" in s.stages else "mae"
+    before = next((stage for stage in ("combined", "mae") if stage in s.stages), "init")
     if not untuned.exists():
         save_encoder(untuned, encoder)
         if before in s.stages and not s.cost:

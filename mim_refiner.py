@@ -470,7 +470,7 @@ def main(argv):
         pretrain_mae(run, encoder, decoder, train)
         if not s.cost and not (run.folder / "mae.pt").exists():
             save_encoder(run.folder / "mae.pt", encoder)
-    report(run, s.mim, encoder, train, val)
+    report(run, s.mim if decoder else "init", encoder, train, val)
 
     temperature = s.temperature
     if s.temperatures:

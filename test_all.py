@@ -742,7 +742,7 @@ def test_visible_patches_are_those_of_ids_keep_in_its_order():
 
 def test_post_norm_encoder_is_data2vecs():
     encoder, x = vit(post_norm=True), normal(2, 3, 32, 32)
-    tokens = torch.cat([encoder.cls_token.expand(2, -1, -1), encoder.patch_embed(x)], 1) + encoder.pos_embed
+    tokens = torch.cat([encoder.cls_token.expand(2, -1, -1), encoder.patch_embed(x)[-1].flatten(2).mT], 1) + encoder.pos_embed
     tokens = encoder.embed_norm(tokens)
     for block in encoder.post_blocks:
         tokens = torchs_block(block, post_norm=True)(tokens)
@@ -1970,6 +1970,7 @@ def test_two_nodes_of_one_process_are_one_of_two(folders, tmp_path):
 def test_the_short_built_in_run_learns(tmp_path, program, flags):
     main("--short", "--out", tmp_path / "run", *flags, program=program)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    del results["units"]
     knn = [row["knn"] for row in results.values()]
     assert knn == sorted(set(knn)) and knn[0] > 15  # chance is 10; MAE-CT's second row is of the tuned encoder
 
@@ -4184,7 +4185,7 @@ def test_maps_are_of_four_blocks_or_of_the_last_or_of_the_stem_and_are_scaled(ki
     encoder, x = vit(depth=4, stem="conv" if kind == "stem" else "patch"), normal(2, 3, 24, 40)
     stem = encoder.patch_embed
     pyramid = protocols.Pyramid(encoder, [1, 2, 3, 4], (24, 40), relative=False, last=kind == "last")
-    tokens = encoder.embed_norm(stem(x) + common.resize_positions(encoder.pos_embed, (4, 4), (3, 5))[:, 1:])
+    tokens = encoder.embed_norm(stem(x)[-1].flatten(2).mT + common.resize_positions(encoder.pos_embed, (4, 4), (3, 5))[:, 1:])
     maps, of_stem = [], []
     for block in encoder.stack():
         tokens = block(tokens)
@@ -4800,13 +4801,12 @@ DETECT = "--image_size 32 --batch 4 --workers 0 --precision float32 --encoder en
 
 
 @pytest.fixture
-def small_detector(place, monkeypatch):
-    """`place` with an encoder of four blocks, whose Detector is small."""
+def small_detector(small_copy, monkeypatch):
+    """`small_copy` with an encoder of four blocks, whose Detector is small."""
     torch.manual_seed(0)
     common.save_encoder("encoder.pt", common.ViT(32, 4, 32, 4, 2))
     model = protocols.Detector
     monkeypatch.setattr(protocols, "Detector", lambda *sizes, **kind: model(*sizes, **kind | SMALL_DETECTOR))
-    return place
 
 
 @pytest.fixture
@@ -5042,7 +5042,7 @@ def small_copy(small_data, small_nano, tmp_path):
 QUICK = {
     "knn": "--data d", "probe": "--data d --cached --epochs 1", "lowshot": "--data d --shots 1", "cluster": "--data d --runs 1",
     "finetune": "--data d --recipe crop_flip --epochs 1 --batch 6 --out out", "retrieve": "--data d --neighbours 2 --samples 2",
-    "embed": "--data d", "blocks": "--data d --epochs 1 --dim 16 --heads 2", "invariance": "--data d",
+    "embed": "--data d", "blocks": "--data d --epochs 1", "invariance": "--data d",
     "colorhist": "--data d --epochs 1", "stats": "--data d", "segment": "--data ade --epochs 1 --batch 4", "robust": "--data d",
     "video": "--data v --epochs 1 --batch 4 --frames 2 --temporal 1 --spatial 1",
     "mae_ct": "--data d/train --mae_epochs 1 --mae_warmup_epochs 0 --head_epochs 1 --epochs 1 --k 2",
@@ -5088,8 +5088,8 @@ def test_a_checkpoint_that_is_not_finite_replaces_none_and_json_has_null(tmp_pat
         r"not finite \(module: bias\); the checkpoint before is kept", run.write_checkpoint, "s", 2, dict(module=module), 4
     )
     assert Path("last.pt").read_bytes() == before
-    run.report("s", dict(a=math.nan, b=[1.0, -math.inf]))
-    assert json_of("results.json") == {"s": dict(a=None, b=[1, None])}
+    run.report("s", dict(nmi=math.nan, b=[1.0, -math.inf]))
+    assert json_of("results.json") == dict(s=dict(nmi=None, b=[1, None]), units=dict(nmi="x 100", b=""))
 
 
 def test_results_find_a_place_before_the_work(small_copy):
@@ -5201,9 +5201,9 @@ def test_data_are_announced(small_copy, capsys):
     os.rename("d/validation/c1", "d/validation/c7")
     input_error(r"different classes \(c1, c7\)", common.load_splits, "d")
     shutil.rmtree("d/validation")
-    assert common.load_splits("d")[1] is None and "there is no val/, validation/ or test/" in capsys.readouterr().out
+    assert common.load_splits("d")[1] is None and "no evaluation on d: it needs class folders" in capsys.readouterr().out
     write_pictures(Path("d/val"), [(20, 20)])
-    assert common.load_splits("d")[1] is None and "in no class folders" in capsys.readouterr().out
+    assert common.load_splits("d")[1] is None and "a flat one and its list" in capsys.readouterr().out
     Path("d/train/c0/bad.png").write_text("no picture")
     main(TINY[can], "--data d --out run --epochs 4 --no_eval", program=can)
     assert capsys.readouterr().err.count("skipped") == 1
@@ -5752,6 +5752,7 @@ def probe_by_hand(file, probe, val):
 def test_eval_repeats_the_table_of_a_run(folders, whole_run, name):
     case, out, data = WHOLE[name], shutil.copytree(whole_run(name), Path("run")), folders / "labelled"
     results = json_of(out / "results.json")
+    assert results.pop("units").items() >= dict(knn="%", probe="%").items()
     assert list(results) == list(case.rows)
     for (row, values), file in zip(results.items(), case.rows.values()):
         assert values.keys() - OF_PAPERS == set(" ".join(case.table.values()).split())
@@ -5908,7 +5909,7 @@ def test_a_killed_rank_ends_the_job_and_any_number_of_ranks_goes_on_without_a_wa
     main("--out", of_one, "--resume")
     for folder in (of_two, of_one):
         same_up_to_rounding(folder, whole_run("mae_ct"))
-        assert json_of(folder / "results.json").keys() == {"mae", "mae_ct"}
+        assert json_of(folder / "results.json").keys() == {"mae", "mae_ct", "units"}
 
 
 @slow
@@ -6041,7 +6042,7 @@ CODE = ("common", "eval", "mae_ct", "mim_refiner", "can", "cmae", "vicmae")
 
 def test_weights_change_in_one_place():
     code = [ast.unparse(ast.parse((HERE / f"{module}.py").read_text())) for module in CODE]
-    assert re.findall(r"(\S+)\.step\(", "\n".join(code)) == ["super()", "optimizer"]  # LARS is an SGD
+    assert re.findall(r"(\S+)\.step\(", "\n".join(code)) == ["optimizer", "super()"]  # LARS is an SGD
 
 
 @pytest.mark.parametrize("module", CODE)
