@@ -2735,8 +2735,8 @@ def test_without_contrast_it_is_mae_exactly(float64):
     mae, before = copy.deepcopy([online, target])
     with mock.patch.object(cmae.Target, "feature", side_effect=AssertionError("computed")):
         cmae.pretrain(Run(CPU, s), "mae", online, target, images, 0.0)
-    recipe = dict(mae_epochs=2, mae_batch=8, mae_lr=1e-2, mae_warmup_epochs=1)
-    of_mae = mae_ct.Settings(image_size=s.image_size, seed=s.seed, micro_batch=s.micro_batch, **recipe)
+    length = dict(mae_epochs=2, mae_batch=8, mae_lr=1e-2, mae_warmup_epochs=1)
+    of_mae = mae_ct.Settings(image_size=s.image_size, seed=s.seed, micro_batch=s.micro_batch, **length)
     common.pretrain_mae(Run(CPU, of_mae), mae.F_s, mae.G_p, images)
     ours, maes = float64
     assert len(ours.losses) == 4 and ours.losses == maes.losses
@@ -4381,8 +4381,8 @@ def test_upernet_is_trained_by_mmsegmentations_recipe_for_mae(tmp_path):
     *_, s, size, relative = upernet.call_args.args
     steps = round(s.epochs * (37 // 16))
     assert (steps, s.batch, size, relative) == (160_000, 16, 512, True)
-    recipe = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
-    assert recipe == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
+    numbers = s.lr * s.batch / 256, s.warmup * steps, s.weight_decay, s.layer_decay, s.drop_path
+    assert numbers == pytest.approx((1e-4, 1500, 0.05, 0.65, 0.1))
     for flags, message in [
         ("--lr 1", "--head linear takes --epochs and --batch"),
         ("--cost", "--head linear takes --epochs and --batch"),
