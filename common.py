@@ -1581,6 +1581,10 @@ def load_torchvision(name, split):
     need(attribute, f"--data {name.lower()}: torchvision's {name} has no class labels")
     labels = torch.cat([torch.as_tensor(getattr(part, attribute)).long() for part in parts])
     classes = list(getattr(first, "classes", getattr(first, "categories", range(int(labels.max()) + 1))))
+    pixels = getattr(first, "data", None)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # CIFAR is [N, H, W, 3]; SVHN and STL10 are [N, 3, H, W]
+        pixels = torch.from_numpy(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)).contiguous()
+        return Images(labels, classes, pixels=pixels)
     images = Images(labels, classes, dataset=torch.utils.data.ConcatDataset(parts))
     if name == "SUN397":  # listed as the file system has them, which differs from machine to machine
         images = images.subset(torch.from_numpy(np.argsort([str(file) for file in first._image_files])))
@@ -2337,8 +2341,8 @@ def check_batch(settings, images, batch, epochs):
     than a step."""
     need(batch >= 1, f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
     need(batch <= len(images),
-         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data}): for so few, choose "
-         "smaller batches, queues and warm-ups of all stages (--help lists them)")  # fmt: skip
+         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data}): choose a smaller "
+         "one, and smaller queues and warm-ups where there are any")  # fmt: skip
     per_epoch = len(images) // batch
     need(round(epochs * per_epoch) >= 1, f"{epochs:g} epochs of {per_epoch} steps are not one step: choose more")
     need(batch % world() == 0, f"batch {batch} is not divisible by {world()} processes")
