@@ -6680,6 +6680,14 @@ def test_micro_batches_compute_what_is_needed_and_nothing_else(folders, program,
     assert found[1] - found[0] == 2 * 6 * expected  # two steps of eight, of which the first two are not encoded again
 
 
+@all_papers
+def test_no_eval_evaluates_nothing(program, folders, tmp_path):
+    images = ["--images", folders / "labelled"] * (program is vicmae)
+    with mock.patch.object(program, "evaluate", side_effect=AssertionError):
+        out = tiny(program, folders, tmp_path, "--no_eval", *images)
+    assert not (tmp_path / "results.json").exists() and "knn" not in out
+
+
 def test_the_peak_of_a_stage_is_its_own():
 
     def gibibytes(name):

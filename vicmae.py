@@ -330,10 +330,11 @@ def prepare(argv):
     machine = start_machine(s.precision, s.workers)
     encoder, _, _ = models(s, methods[0])
     check_masking(encoder.grid, s.mask_ratio)
-    train, val = load_splits(s.data, val=s.eval and not s.cost, load=load_videos, gap=s.gap)
+    judged = s.eval and not s.cost
+    train, val = load_splits(s.data, val=judged, load=load_videos, gap=s.gap)
     check_batch(s, train, s.batch, s.epochs)
     images = None
-    if s.images and not s.cost:
+    if s.images and judged:
         images = load_splits(s.images, labels=True)
         need(images[1], f"--images {s.images}: there is no val/, validation/ or test/ to evaluate on")
     return s, machine, train, (train, val) if val else None, images
@@ -343,7 +344,7 @@ def main(argv):
     """Each method's training, evaluation and picture, and the closing table."""
     s, machine, train, videos, images = prepare(argv)
     run = open_run(s, machine)
-    if not (images or videos or s.cost):
+    if s.eval and not (images or videos or s.cost):
         print0("nothing will be evaluated: --images names labelled images, or the videos need labels and a val/ folder")
     for method in s.methods.split(","):
         encoder, decoder, branch = (m.to(machine.device) for m in models(s, method))
