@@ -2934,12 +2934,19 @@ def save_encoder(path, encoder, **more):
 
 def load_encoder(path, image_size=None, pool=None, heads=None):
     """A ViT built from an encoder file, on the CPU, in evaluation mode; positions are interpolated if `image_size` differs
-    from the file's, `pool` and `heads` replace what the file says or what is assumed of it."""
+    from the file's, `pool` and `heads` replace what the file says or what is assumed of it, which is printed."""
     with understanding(path):
         state, config = read_encoder(path)
-        side = config["image_size"] // config["patch_size"]
-        config["image_size"] = image_size or config["image_size"]
-        config |= dict(pool=pool or config["pool"], heads=heads or config["heads"])
+        side, dim = config["image_size"] // config["patch_size"], config["dim"]
+        pool, heads = pool or config["pool"], heads or config["heads"]
+        if not heads:
+            need(dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}: give --attention_heads")
+            heads = HEADS_OF_WIDTH[dim]
+            print0(f"{path}: {heads} attention heads are assumed of its width of {dim}")
+        if not pool:
+            pool = "cls"
+            print0(f"{path}: [CLS] is assumed to be the feature")
+        config |= dict(image_size=image_size or config["image_size"], pool=pool, heads=heads)
         encoder = ViT(**config)
         load_encoder_state(encoder, state, side, path)
     return encoder.eval()
@@ -2953,6 +2960,12 @@ def init_encoder(encoder, path):
     need(of_file == of_model,
          f"{path}: its blocks are {of_file}, those of the model {of_model} "
          "(data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
+    of_file, of_model = config["heads"], encoder.config["heads"]
+    need(of_file in (None, of_model),
+         f"{path}: its blocks have {of_file} attention heads, those of the model {of_model}: "
+         f"choose --attention_heads {of_file}")  # fmt: skip
+    if of_file is None:
+        print0(f"{path}: the model's {of_model} attention heads are assumed to be its own")
     load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
 
 
@@ -2982,12 +2995,13 @@ DATA2VEC_NAMES = {
 
 
 def read_encoder(path):
-    """An encoder file, ours or a public one → (state dict under our names, config for ViT).
+    """An encoder file, ours or a public one → (state dict under our names, config for ViT, whose heads and pool are None
+    where the file does not say).
 
     Understands files written here, public MAE (encoder-only, with decoder, fine-tuned), timm, MAE-CT (no position of [CLS]),
     MIM-Refiner and data2vec 2.0 (fairseq's names, stripped of other objects); also under a prefix (module., backbone.,
-    base_encoder., …) or in a dict of a teacher and a student. Classifiers and decoders are left out. What is taken or
-    assumed is printed.
+    base_encoder., …) or in a dict of a teacher and a student. Classifiers and decoders are left out. What is taken is
+    printed.
     """
     content = load_file(path)
     state = renamed(without_prefix(encoder_state(content, path), path), path)
@@ -2999,13 +3013,9 @@ def read_encoder(path):
     need(first in state and "pos_embed" in state, f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
     state["pos_embed"] = square_positions(state["pos_embed"], path)
     rows, dim = state["pos_embed"].shape[1:]
-    need(own or dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}")
-    heads = own.get("heads") or HEADS_OF_WIDTH[dim]
-    pool = own.get("pool", "cls")
-    known = type(heads) is int and heads > 0 and pool in ("cls", "mean")
+    heads, pool = own.get("heads"), own.get("pool")
+    known = (heads is None or type(heads) is int and heads > 0) and pool in (None, "cls", "mean")
     need(known, f"{path} says of its encoder: {heads} heads, pool {pool}")
-    if not own:
-        print0(f"{path}: {heads} attention heads are assumed of its width of {dim}, and [CLS] as the feature")
     patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
     hidden = (len(v) for name, v in state.items() if name.endswith("blocks.0.mlp.fc1.weight") and v.ndim)
     config = dict(

@@ -6256,9 +6256,21 @@ def test_weights_of_others_load_and_what_is_assumed_of_them_is_said(capsys):
         found = common.load_encoder(file)
         assert error(found(x), encoder(x)) < 1e-6 and not found.training, name
         said = capsys.readouterr().out
-        assert "4 attention heads are assumed" in said, name
+        assert "4 attention heads are assumed" in said and "[CLS] is assumed" in said, name
         assert f"the weights under {name} are taken" in said or not name.endswith("."), name
-    assert common.load_encoder(file, heads=8).config["heads"] == 8
+    assert common.load_encoder(file, pool="mean", heads=8).config["heads"] == 8
+    assert "assumed" not in capsys.readouterr().out  # nothing is left to be
+
+
+def test_attention_heads_of_init_are_the_models_unless_the_file_says_others(capsys):
+    torch.save(nano().state_dict(), "public.pth")
+    common.init_encoder(nano(heads=8), "public.pth")
+    assert "the model's 8 attention heads are assumed" in capsys.readouterr().out
+    common.save_encoder("encoder.pt", nano())
+    common.init_encoder(nano(), "encoder.pt")
+    assert "assumed" not in capsys.readouterr().out
+    fault = "have 4 attention heads, those of the model 8: choose --attention_heads 4"
+    input_error(fault, common.init_encoder, nano(heads=8), "encoder.pt")
 
 
 def test_positions_are_interpolated_to_another_image_size():
