@@ -513,7 +513,10 @@ def knn(train_x, train_y, test_x, test_y, ks=(10,), temperature=0.07, standardiz
     return {"knn": by_k[best], "k": best, "knn_by_k": by_k}
 
 
-def knn_per_block(encoder, train, val, machine, blocks=None, bank=100_000, **how):
+KNN_BANK = 100_000  # training images in the k-NN of every block
+
+
+def knn_per_block(encoder, train, val, machine, blocks=None, bank=KNN_BANK, **how):
     """k-NN of the feature after each block (all of them, or `blocks`), before the final norm: MIM-Refiner's Figure 3b.
 
     k = 10 (C.4) on standardised features (the authors' code), or as `how` tells `knn`, against at most `bank` training

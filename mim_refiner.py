@@ -79,7 +79,7 @@ from common import (
     parse_settings, pretrain_mae, print0, promote, rank, save_encoder, set_lr, start_machine, tell_proportions, uniform,
     warmup_cosine, without_gradient,
 )  # fmt: skip
-from eval import evaluate, knn_per_block
+from eval import KNN_BANK, evaluate, knn_per_block
 
 
 @dataclass
@@ -400,7 +400,9 @@ def report(run, name, encoder, train, val):
         return
     per_block = knn_per_block(encoder, train, val, run.machine)
     print0(f"{name}: k-NN per block " + "  ".join(f"{b}: {v:.1f}" for b, v in enumerate(per_block, 1)))
-    (last,) = knn_per_block(encoder, train, val, run.machine, [encoder.depth], bank=len(train))
+    last = per_block[-1]
+    if len(train) > KNN_BANK:
+        (last,) = knn_per_block(encoder, train, val, run.machine, [encoder.depth], bank=len(train))
     values = evaluate(encoder, train, val, run.machine, normalization="l2")
     run.report(name, values | dict(knn=last, knn_per_block=per_block))
 

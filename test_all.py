@@ -2234,6 +2234,18 @@ def test_knn_per_block_has_the_defaults_of_c4_and_a_bank_drawn_at_random():
     assert of_val.args[1] is val and "index" not in of_val.kwargs
 
 
+@pytest.mark.parametrize("bank", [24, 12])
+def test_mim_refiner_judges_the_last_block_by_all_training_images(bank):
+    encoder, train, val = vit().float(), image_set(24, 32, "abc"), image_set(18, 32, "abc")
+    run = mock.Mock(machine=CPU, results={})
+    some = partial(protocols.knn_per_block, bank=bank)
+    with mock.patch.multiple(mim_refiner, KNN_BANK=bank, knn_per_block=some):
+        mim_refiner.report(run, "mae", encoder, train, val)
+    values = run.report.call_args.args[1]
+    assert values["knn_per_block"] == some(encoder, train, val, CPU)
+    assert [values["knn"]] == protocols.knn_per_block(encoder, train, val, CPU, [3], 24)
+
+
 # ---------------------------------------------------------------------------------------------------------------- CAN
 
 
