@@ -1429,11 +1429,14 @@ def listed_labels(files, path):
     for line in read_lines(path):
         words = re.split(r"[\s,]+", line)
         listed[Path(words[0]).name] = words[1:2]
-    of_file = []
+    of_file, unused = [], dict(listed)
     for file in files:
-        found = listed.get(Path(file).name) or listed.get(Path(file).stem)
-        need(found, f"{path} has no line NAME CLASS for {file}")
-        of_file += found
+        name = Path(file).name if Path(file).name in listed else Path(file).stem
+        need(listed.get(name), f"{path} has no line NAME CLASS for {file}")
+        of_file += listed[name]
+        unused.pop(name, None)
+    if unused:
+        print0(f"{path}: {len(unused)} of {len(listed)} lines name no image here, first {next(iter(unused))}")
     return numbered(of_file)
 
 
@@ -2457,9 +2460,11 @@ class Run:
             need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
 
     def report(self, name, values):
-        """Adds a dict of final numbers to results.json under `name`; their units stand there once."""
+        """Adds a dict of final numbers to results.json under `name`; their units stand there once. Prints the numbers."""
         self.results[name] = values
         if self.folder:
+            numbers = (f"{number} {v:.1f} {unit(number)}".rstrip() for number, v in values.items() if isinstance(v, int | float))
+            print0(f"{name}: {'  '.join(numbers)}")
             units = {number: unit(number) for number in itertools.chain(*self.results.values())}
             write_atomic(self.folder / "results.json", to_json(self.results | dict(units=units)))
 
@@ -2573,7 +2578,8 @@ class StopSignals:
 
     def end(self, how):
         """Ends the program and its decoding processes, whatever they do; the last checkpoint is whole."""
-        print(f"\n{self.stage} was stopped {how}; {self.hint}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            print(f"\n{self.stage} was stopped {how}; {self.hint}", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(1)
@@ -2711,7 +2717,7 @@ class Training:
             append_line(self.run.folder / "log.jsonl", line)
         for name, v in values.items() if self.scalars else ():
             self.scalars.add_scalar(name, np.mean(v), self.step)  # of a list the mean
-        text = f"epoch {self.epoch + 1}  {'  '.join(scalars)}  {rate:.0f} images/s"
+        text = f"epoch {self.epoch + 1}  {rate:.0f} images/s  {'  '.join(scalars)}"
         self.progress.show(self.step + 1, text, show_last=self.run.folder is not None)
 
     def save_if_due(self):
@@ -2756,7 +2762,7 @@ def tell_proportions(training, ema, queue):
         return
     constants = steps * (1 - ema)
     print0(f"{training.stage}: {steps} steps are {constants:.3g} time constants of the EMA, which keeps "
-           f"{100 * ema**steps:.2g} % of its start")  # fmt: skip
+           f"{100 * ema**steps:.3g} % of its start")  # fmt: skip
     if constants < 2:  # Table 9 of MAE-CT has 2.5
         print0(f"that is little: encoder.pt will be near its start; choose --ema {max(0.0, 1 - 5 / steps):.4g} or more epochs")
     if steps * training.batch < queue:
@@ -2786,8 +2792,8 @@ def compile_blocks(state):
 
 
 class Progress:
-    """One line that says how far a loop is: on a terminal it is rewritten, in a log file there is one every ten seconds,
-    later every minute.
+    """One line that says how far a loop is: on a terminal it is rewritten, less what does not fit, in a log file there is one
+    every ten seconds, later every minute.
 
     Args:
         what: is done; total: steps; done: of them before this program began; batch: what `rate` counts a step as.
@@ -2815,7 +2821,9 @@ class Progress:
         line = f"{self.what}  {done}/{self.total}  {left // 60}:{left % 60:02d} left  {text}"
         if not terminal:
             return print0(line)
-        line = line[: shutil.get_terminal_size().columns - 1]
+        width = shutil.get_terminal_size().columns - 1
+        if len(line) > width:
+            line = line[: width + 2].rpartition("  ")[0] or line[:width]
         print0(f"\r{line}\033[K", end="\n" if ended else "")
 
 
@@ -2895,7 +2903,7 @@ def peak_memory(device):
 
 
 UNITS = {  # of results, by the ends of their names
-    "%": "knn|probe|cluster_acc|lowshot|finetune|video|miou|accuracy|mean per class|mAP|std|by_split|_cls|_object|_motion",
+    "%": "knn|neighbours|of_centres|probe|cluster_acc|lowshot|finetune|video|miou|accuracy|mean per class|mAP|std|by_split|_cls|_object|_motion",
     "x 100": "nmi|ami|ari|silhouette",
     "% of a uniform guess": "colorhist|last",
 }
@@ -3012,13 +3020,14 @@ def read_encoder(path):
     state = renamed(without_prefix(encoder_state(content, path), path), path)
     own = content.get("encoder")
     own = own if isinstance(own, dict) and "patch_size" in own else {}
+    tuned = "mean" if "fc_norm.weight" in state else None
     state = {name: v for name, v in state.items() if re.match(ENCODER_NAMES, name)}
     stem = "conv" if "patch_embed.down.0.weight" in state else "patch"
     first = "patch_embed.down.0.weight" if stem == "conv" else "patch_embed.proj.weight"
     need(first in state and "pos_embed" in state, f"{path} is no ViT encoder: it has no patch_embed.proj.weight and pos_embed")
     state["pos_embed"] = square_positions(state["pos_embed"], path)
     rows, dim = state["pos_embed"].shape[1:]
-    heads, pool = own.get("heads"), own.get("pool")
+    heads, pool = own.get("heads"), own.get("pool") or tuned
     known = (heads is None or type(heads) is int and heads > 0) and pool in (None, "cls", "mean")
     need(known, f"{path} says of its encoder: {heads} heads, pool {pool}")
     patch_size = state[first].shape[-1] * (4 if stem == "conv" else 1)
@@ -3077,7 +3086,7 @@ def renamed(state, path):
         state["pos_embed"] = with_cls_row(state.pop("pos_embed.embed").flatten(1, 2))  # of [1, h, w, D]
         state["cls_token"] = state.pop("cls_tokens.tokens")
     if "fc_norm.weight" in state and "norm.weight" not in state:
-        print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here it stands before; --pool mean fits it")
+        print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here before it; that mean is the feature")
         state |= {f"norm.{part}": state[f"fc_norm.{part}"] for part in ("weight", "bias")}
     return state
 
@@ -3298,7 +3307,8 @@ def draw_rows(path, rows, side=96, caption="", legend=None):
     rows: list of (caption, images, frames): N images [3, S, S] uint8, the smallest of which are shown `side` pixels wide;
     frames is None or N names of FRAMES (or None) drawn around them. legend: {name: mark} of more than these.
     """
-    legend = dict(legend or {})
+    used = {name for _, _, frames in rows for name in frames or ()}
+    legend = {name: (colour, 4, 0) for name, colour in FRAMES.items() if name in used} | (legend or {})
     widths = [images[0].shape[-1] for _, images, _ in rows]
     scale = side / min(widths)
     step = 10 + round(scale * max(widths))
@@ -3313,7 +3323,6 @@ def draw_rows(path, rows, side=96, caption="", legend=None):
             canvas.paste(to_pil(image).resize((own, own), Image.Resampling.BICUBIC), (left, top))
             if frames and frames[column]:
                 colour = FRAMES[frames[column]]
-                legend[frames[column]] = (colour, 4, 0)
                 pen.rectangle((left - 3, top - 3, left + own + 2, top + own + 2), outline=colour, width=3)
     save_picture(path, canvas, caption, legend)
 
@@ -3361,7 +3370,8 @@ def draw_losses(folder):
     for stage, points in stages.items():
         parts = np.array_split(np.array(points), min(200, len(points)))
         means = np.array([part.mean(0) for part in parts])
-        draw_curves(folder / f"loss_{stage}.png", {stage: means.T.tolist()}, "step", f"loss, mean of {len(parts[0])} steps")
+        label = f"loss, mean of {len(parts[0])} steps" if len(parts[0]) > 1 else "loss"
+        draw_curves(folder / f"loss_{stage}.png", {stage: means.T.tolist()}, "step", label)
 
 
 class Axis:

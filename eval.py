@@ -1610,7 +1610,8 @@ def embed(x):
         _, singular, v = torch.linalg.svd(centred, full_matrices=False)
         axes = v[:2] * v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
         share = 100 * (singular[:2].square().sum() / singular.square().sum()).item()
-        return centred @ axes.T, f"PCA ({share:.1f} % of the variance); for UMAP: pip install umap-learn"
+        print0("UMAP is not installed (pip install umap-learn): principal components instead")
+        return centred @ axes.T, f"PCA ({share:.1f} % of the variance)"
 
 
 def run_embed(
