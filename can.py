@@ -365,7 +365,7 @@ def picture(path, model, images, s, machine):
     restored = unnormalize_patches(x_hat, target) if s.norm_pix else x_hat
     patches = {
         "input": target,
-        f"{s.mask_ratio:.0%} removed, noise {s.sigma_max:g}": patchify(x + e, p) * kept,
+        f"{100 * s.mask_ratio:.0f} % removed, noise {s.sigma_max:g}": patchify(x + e, p) * kept,
         "reconstruction (kept: input)": target * kept + restored * (1 - kept),
     }
     if s.lam < 1 and s.sigma_max:

@@ -579,7 +579,7 @@ def reconstruct(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
 def reconstruction_rows(encoder, decoder, x, noise, mask_ratio=0.75, norm_pix=True):
     """Rows for `draw_rows`: images x, what the encoder sees of them, the decoder's reconstruction."""
     masked, restored = reconstruct(encoder, decoder, x, noise, mask_ratio, norm_pix)
-    rows = [("input", x), (f"{mask_ratio:.0%} removed", masked), ("reconstruction", restored)]
+    rows = [("input", x), (f"{100 * mask_ratio:.0f} % removed", masked), ("reconstruction", restored)]
     return [(caption, to_bytes(images), None) for caption, images in rows]
 
 

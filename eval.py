@@ -3119,8 +3119,11 @@ def draw_objects(path, detector, val, machine):
     ((index, found, truths),) = searched(detector, val, [(0, torch.arange(min(8, len(val))))], machine)
     images = [to_uint8(val.open(i)) for i in index.tolist()]
     sure = [{name: values[one["scores"] >= 0.5] for name, values in one.items()} for one in found]
-    rows = dict(images=images, objects=map(marked, images, truths), detected=map(marked, images, sure))
-    draw_rows(path, [(caption, list(row), None) for caption, row in rows.items()], side=128)
+    found = "detected, at least half sure"
+    rows = {"images": images, "objects": map(marked, images, truths), found: map(marked, images, sure)}
+    labels = torch.cat([one["labels"].cpu() for one in (*truths, *sure)]).unique()
+    legend = {str(val.classes[i - 1]): (colour, 4, 0) for i, colour in zip(labels.tolist(), colours_of(labels))}
+    draw_rows(path, [(caption, list(row), None) for caption, row in rows.items()], side=128, legend=legend)
 
 
 def run_detect(
