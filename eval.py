@@ -3143,7 +3143,7 @@ def run_detect(
     if job.data == "shapes":  # chosen on an untrained encoder
         size, scales = 64, (0.8, 1.25)
         kind |= dict(window=0, width=64, rois=32)
-        changes = changes | dict(epochs=1, warmup=0.1, batch=8, lr=1.6e-2)
+        changes = changes | dict(epochs=3, warmup=0.1, batch=8, lr=1.6e-2)
     if pyramid == "last":
         changes = changes | dict(layer_decay=0.7)
     size = job.image_size or size
