@@ -1433,7 +1433,8 @@ def listed_labels(files, path):
     listed = {}
     for line in read_lines(path):
         words = re.split(r"[\s,]+", line)
-        listed[Path(words[0]).name] = words[1:2]
+        name = Path(words[0]).name
+        need(listed.setdefault(name, words[1:2]) == words[1:2], f"{path} gives {name} two classes")
     of_file, unused = [], dict(listed)
     for file in files:
         name = Path(file).name if Path(file).name in listed else Path(file).stem
@@ -2353,8 +2354,9 @@ def check_batch(settings, images, batch, epochs):
     """An error if the global batch does not fit the set, the processes or the micro-batches, or if the epochs are less
     than a step."""
     need(batch >= 1, f"the training set ({len(images)} images) is too small for a batch on {world()} processes")
+    flag = next((name for name in ("batch", "mae_batch") if getattr(settings, name, 0) == batch), "batch")
     need(batch <= len(images),
-         f"batch {batch} is larger than the training set ({len(images)} images of --data {settings.data}): choose a smaller "
+         f"--{flag} {batch} is larger than the training set ({len(images)} images of --data {settings.data}): choose a smaller "
          "one, and smaller queues and warm-ups where there are any")  # fmt: skip
     per_epoch = len(images) // batch
     need(round(epochs * per_epoch) >= 1, f"{epochs:g} epochs of {per_epoch} steps are not one step: choose more")
@@ -2978,13 +2980,13 @@ def init_encoder(encoder, path):
     need(of_file == of_model,
          f"{path}: its blocks are {of_file}, those of the model {of_model} "
          "(data2vec 2.0 is post-norm, MAE pre-norm)")  # fmt: skip
+    load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
     of_file, of_model = config["heads"], encoder.config["heads"]
     need(of_file in (None, of_model),
          f"{path}: its blocks have {of_file} attention heads, those of the model {of_model}: "
          f"choose --attention_heads {of_file}")  # fmt: skip
     if of_file is None:
         print0(f"{path}: the model's {of_model} attention heads are assumed to be its own")
-    load_encoder_state(encoder, state, config["image_size"] // config["patch_size"], path)
 
 
 def load_encoder_state(encoder, state, side, path):
@@ -3091,7 +3093,7 @@ def renamed(state, path):
         state["pos_embed"] = with_cls_row(state.pop("pos_embed.embed").flatten(1, 2))  # of [1, h, w, D]
         state["cls_token"] = state.pop("cls_tokens.tokens")
     if "fc_norm.weight" in state and "norm.weight" not in state:
-        print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here before it; that mean is the feature")
+        print0(f"{path}: its norm stands behind the mean of the patches (fc_norm), here before it")
         state |= {f"norm.{part}": state[f"fc_norm.{part}"] for part in ("weight", "bias")}
     return state
 

@@ -85,7 +85,7 @@ import random
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -146,6 +146,7 @@ class Job:
     image_size: int | None = None  # where it was given
     pool: str | None = None  # likewise
     out: Path | None = None  # folder of the results; None: the encoder's
+    sets: list[str] = field(default_factory=list)  # data of robust and transfer, where several were given
     number: int = 1  # of the results: 1 2 … where others are of other data
 
     def file(self, name, number=None):
@@ -169,10 +170,10 @@ class Job:
             raise InputError(f"no result can be written to {folder} ({e.strerror}): choose another folder with --out") from e
         for self.number in itertools.count(1):
             path = self.file(f"{self.protocol}.json")
-            settings = dict(data=self.data)
+            settings = dict(data=self.data, sets=self.sets)
             if path.exists():
                 settings = read_json(path, "delete it, or choose another folder with --out").get("settings")
-            if isinstance(settings, dict) and settings.get("data") == self.data:
+            if isinstance(settings, dict) and settings.get("data") == self.data and settings.get("sets", []) == self.sets:
                 return self
 
     def save(self, classifier, name):
@@ -193,8 +194,17 @@ class Job:
         return train, val
 
     def load_classifier(self, path=None):
-        """The Classifier of a file, by default of probe.pt beside the encoder, where the job runs."""
-        return load_classifier(path or self.file("probe.pt", 1), self.image_size).to(self.machine.device)
+        """The Classifier of a file, by default of probe.pt where results go, which must be one of this encoder; where the job
+        runs."""
+        file = path or self.file("probe.pt", 1)
+        need(path or file.is_file(), f"there is no {file}: run `eval.py probe` before, or give --classifier FILE")
+        classifier = load_classifier(file, self.image_size).to(self.machine.device)
+        print0(f"the classifier is {file}")
+        if not path:
+            of_file, own = (encoder.state_dict() for encoder in (classifier.encoder, self.encoder))
+            same = of_file.keys() == own.keys() and all(torch.equal(v, own[name]) for name, v in of_file.items())
+            need(same, f"{file} is the probe of another encoder: give --classifier FILE")
+        return classifier
 
     def open_run(self, config, clip_grad=0.0):
         """The Run of a long protocol, in a folder of its own; to resume it, all its settings `config` must be the same."""
@@ -1762,7 +1772,7 @@ def invariance(classifier, images, machine, all_classes=False):
 def run_invariance(
     job,
     *,
-    classifier: Path | None = None,  # probe.pt or finetuned.pt; default: probe.pt beside the encoder
+    classifier: Path | None = None,  # probe.pt or finetuned.pt; default: probe.pt where results go
     all_classes: bool = False,  # multiply the probabilities of all classes, as the authors' code, not of the predicted one
 ):
     """Effective invariance of a classifier to rotations and to changes of colour (MAE-CT Table 6), on the validation
@@ -1926,7 +1936,7 @@ def robust(classifier, images, right, machine, among=None):
 def run_robust(
     job,
     *,
-    classifier: Path | None = None,  # probe.pt or finetuned.pt; default: probe.pt beside the encoder
+    classifier: Path | None = None,  # probe.pt or finetuned.pt; default: probe.pt where results go
     sets: list[str] = (),  # instead of --data: folders with one folder of images per class
     mapping: Path | None = None,  # JSON {folder: class or list of classes}
     real: Path | None = None,  # ReaL labels of --data's validation images, JSON
@@ -2646,14 +2656,18 @@ def load_objects(data, split):
     with understanding(path):
         names = {c["id"]: c["name"] for c in content["categories"]}
         label = {number: i for i, number in enumerate(sorted(names), 1)}
-        known = {image["id"]: image | dict(objects=[]) for image in content["images"]}
+        known = {}
+        for image in content["images"]:
+            known[image["id"]] = dict(id=image["id"], file_name=image["file_name"], height=image["height"], width=image["width"],
+                                      objects=[])  # fmt: skip
         flat = []
         for o in content["annotations"]:
             number, image, category = o["id"], o["image_id"], o["category_id"]
             listed = image in known and category in label
             need(listed, f"{path}: annotation {number} has image {image}, category {category}: one of them is not listed there")
             if min(o["bbox"][2:]) > 0 and o["segmentation"]:
-                known[image]["objects"].append(o | dict(label=label[category], iscrowd=o.get("iscrowd", 0)))
+                own = dict(label=label[category], area=o["area"], iscrowd=o.get("iscrowd", 0))
+                known[image]["objects"].append(o | own)
             else:
                 flat.append(str(number))
         known = [known[number] for number in sorted(known)]
@@ -3138,6 +3152,7 @@ def run_detect(
     scenes of built-in shapes. --image_size is 1024 by default, 64 for the scenes. Writes detector.pt and draws the first
     validation images."""
     train, val = load_objects(job.data, "train"), load_objects(job.data, "val")
+    need(train.classes == val.classes, f"--data {job.data}: training and validation list different categories")
     size, scales, changes = 1024, (0.1, 2.0), MASK_RCNN
     kind = dict(pyramid=pyramid, relative=relative)
     if job.data == "shapes":  # chosen on an untrained encoder
@@ -3324,10 +3339,12 @@ def run_curve(
 ):
     """A picture of results: accuracy by epoch, a file each curve (CMAE Figure 4b), or several runs as one curve (MAE-CT
     Figures 6, 7)."""
+    need(not (x and at), "--x and --at: give one of them")
     given = iter(at)
     drawn = {}
     for curve in curves:
         name, _, files = curve.rpartition("=")
+        need((name or files) not in drawn, f"--curves: {name or files} is given twice; write NAME=FILE,FILE for one curve")
         heights, places = [], []
         for file in files.split(","):
             heights += read_values(file, y)
@@ -3335,7 +3352,8 @@ def run_curve(
         places = places or list(range(1, len(heights) + 1))
         need(len(places) == len(heights), f"{curve}: {len(heights)} values of {y}, but {len(places)} to draw them against")
         drawn[name or files] = tuple(zip(*sorted(zip(places, heights))))
-    draw_curves(out, drawn, x or "epoch", y)
+    need(next(given, None) is None, "--at has more numbers than there are files")
+    draw_curves(out, drawn, x or ("" if at else "epoch"), y)
     print0(f"{out} is drawn")
 
 
@@ -3390,7 +3408,8 @@ def start_job(
     else:
         model = load_encoder(encoder, image_size, pool, attention_heads)
     model.to(machine.device).requires_grad_(False)
-    return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out).find_place(), of_protocol
+    sets = list(of_protocol.get("sets", ()))
+    return Job(model, encoder, data, machine, protocol, resume, image_size, pool, out, sets).find_place(), of_protocol
 
 
 def add_flags(parser, thing, leave_out=()):
@@ -3452,6 +3471,8 @@ def main(argv):
         raise
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
     del settings["resume"]
+    if job.machine.unreadable:
+        print0(f"{len(job.machine.unreadable)} unreadable files were passed over: the next ones count twice")
     for name, value in result.items():  # lists and dicts in one line
         print0(f"{name:>16}  {as_text(value)} {unit(name)}".rstrip())
     if rank() == 0:

@@ -3719,6 +3719,15 @@ def tiny_classifier(encoder, classes, **how):
     return classifier
 
 
+def test_the_probe_that_is_taken_by_default_is_one_of_the_encoder(job, capsys):
+    tiny_classifier(job.encoder, list("abcd")).save(job.file("probe.pt"))
+    assert job.load_classifier().classes == list("abcd") and "probe.pt" in capsys.readouterr().out
+    with torch.no_grad():
+        job.encoder.norm.weight[0] += 1
+    input_error("probe.pt is the probe of another encoder: give --classifier", job.load_classifier)
+    job.load_classifier(job.file("probe.pt"))
+
+
 @pytest.mark.parametrize("all_classes", [False, True])
 def test_effective_invariance_is_the_mean_over_torchvisions_changes(job, all_classes):
     classifier = tiny_classifier(job.encoder, list("abcd"))
@@ -4572,6 +4581,10 @@ def coco(tmp_path):
     return tmp_path, content
 
 
+def without(known, name):
+    return {key: value for key, value in known.items() if key != name}
+
+
 def load_coco(folder, content):
     (folder / "annotations").mkdir(exist_ok=True)
     path = folder / "annotations/instances_train2017.json"
@@ -4603,6 +4616,8 @@ def test_annotations_of_objects_that_do_not_fit_are_named_in_one_line(coco, caps
         (dict(images=content["images"][1:]), "annotation 1 has image 11, category 90: one of them is not listed"),
         (dict(categories=content["categories"][1:]), "annotation 1 has image 11, category 90: one of them is not listed"),
         (dict(annotations=[dict(id=1, image_id=11, category_id=3)]), "json is damaged, or of another version .*bbox"),
+        (dict(annotations=[without(content["annotations"][0], "area")]), "json is damaged, or of another version .*area"),
+        (dict(images=[without(image, "width") for image in content["images"]]), "json is damaged, or of another .*width"),
     ]:
         with pytest.raises(InputError, match=words):
             load_coco(folder, content | change)
@@ -4835,7 +4850,11 @@ def test_a_folder_of_cocos_layout_is_trained_on_and_searched(small_detector, coc
     write_pictures(folder / "train2017", [(40, 60), (30, 20), (24, 24)])
     more = dict(id=7, file_name="002.png", width=24, height=25)
     load_coco(folder, content | dict(images=[*content["images"], more]))
-    (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    of_val = folder / "annotations/instances_val2017.json"
+    fewer = dict(categories=content["categories"][:2], annotations=content["annotations"][::2])
+    of_val.write_text(json.dumps(content | fewer))
+    input_error("list different categories", main, "detect", DETECT, "--data", folder, program=protocols)
+    of_val.write_text(json.dumps(content))
     main("detect", DETECT, "--batch 2 --epochs 2 --pyramid", pyramid, "--data", folder, program=protocols)
     result = json.loads(Path("detect.json").read_text())
     assert result["boxes"]["AP50"] >= 0 and result["masks"]["medium"] is None
@@ -5233,6 +5252,8 @@ def test_a_flat_folder_of_validation_images_is_labelled_by_a_list_beside_it(smal
     assert "d/val.txt: 1 of 5 lines name no image here, first ImageId" in capsys.readouterr().out
     Path("d/val.txt").write_text("\n".join(lines[:-1]))
     input_error(r"d/val.txt has no line NAME CLASS for d/val/001.png", common.load_splits, "d")
+    Path("d/val.txt").write_text("\n".join([*lines, line.format("003", 0)]))
+    input_error(r"d/val.txt gives .*003.* two classes", common.load_splits, "d")
     Path("d/val.txt").write_text("\n".join(lines).replace("c1", "65"))
     input_error("different classes", common.load_splits, "d")
 
@@ -6272,7 +6293,7 @@ def test_weights_of_others_load_and_what_is_assumed_of_them_is_said(capsys):
         assert error(found(x), encoder(x)) < 1e-6 and not found.training, name
         said = capsys.readouterr().out
         assert "4 attention heads are assumed" in said, name
-        assert ("that mean is the feature" if name == "MAE, tuned" else "[CLS] is assumed") in said, name
+        assert ("(fc_norm), here before it" if name == "MAE, tuned" else "[CLS] is assumed") in said, name
         assert found.pool == ("mean" if name == "MAE, tuned" else "cls"), name
         assert f"the weights under {name} are taken" in said or not name.endswith("."), name
     assert common.load_encoder(file, pool="mean", heads=8).config["heads"] == 8
@@ -6559,7 +6580,10 @@ def test_curves_are_lists_of_files_or_numbers_of_several_files():
         assert drawn.call_args.args[:2] == (Path("curve.png"), curves)
     for flags, fault in (("--y probe", "has no number or list of numbers 'probe'; it has settings, images"),
                          ("--y finetune_by_epoch --x lr", "2 values of finetune_by_epoch, but 1"),
-                         ("--at 1", "2 values of finetune_by_epoch, but 1")):  # fmt: skip
+                         ("--at 1", "2 values of finetune_by_epoch, but 1"),
+                         ("--y finetune --at 1 2", "--at has more numbers than there are files"),
+                         ("--y finetune --at 1 --x lr", "--x and --at: give one of them"),
+                         ("a.json", "a.json is given twice")):  # fmt: skip
         input_error(fault, main, "curve", "--curves a.json", *flags.split(), program=protocols)
 
 
@@ -6873,7 +6897,7 @@ BAD = {
         colorhist --batch 17                              batch 17 is larger
         stats --data no/such                              --data no/such: no such folder
         segment                                           there is no labelled/images/training
-        invariance                                        probe.pt: no such file
+        invariance                                        probe.pt: run `eval.py probe` before, or give --classifier
         robust --classifier wide.pt                       wide.pt holds no classifier
         robust --classifier code.pt                       code.pt holds more than tensors
         robust --classifier of_ab.pt --sets empty         --data empty: no images
