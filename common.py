@@ -2469,9 +2469,9 @@ class Run:
     def report(self, name, values):
         """Adds a dict of final numbers to results.json under `name`; their units stand there once. Prints the numbers."""
         self.results[name] = values
-        if self.folder:
-            numbers = (f"{number} {v:.1f} {unit(number)}".rstrip() for number, v in values.items() if isinstance(v, int | float))
-            print0(f"{name}: {'  '.join(numbers)}")
+        if self.folder and not self.settings.cost:
+            numbers = {number: v for number, v in values.items() if isinstance(v, int | float)}
+            print0(f"{name}:", "  ".join(f"{number} {v:.1f} {unit(number)}".rstrip() for number, v in numbers.items()))
             units = {number: unit(number) for number in itertools.chain(*self.results.values())}
             write_atomic(self.folder / "results.json", to_json(self.results | dict(units=units)))
 
@@ -2910,7 +2910,8 @@ def peak_memory(device):
 
 
 UNITS = {  # of results, by the ends of their names
-    "%": "knn|neighbours|of_centres|probe|cluster_acc|lowshot|finetune|video|miou|accuracy|mean per class|mAP|std|by_split|_cls|_object|_motion",
+    "%": "knn|neighbours|of_centres|probe|cluster_acc|lowshot|finetune|video|miou|accuracy|mean per class|mAP|std|by_split"
+         "|_cls|_object|_motion",
     "x 100": "nmi|ami|ari|silhouette",
     "% of a uniform guess": "colorhist|last",
 }
@@ -2960,7 +2961,8 @@ def load_encoder(path, image_size=None, pool=None, heads=None):
         side, dim = config["image_size"] // config["patch_size"], config["dim"]
         pool, heads = pool or config["pool"], heads or config["heads"]
         if not heads:
-            need(dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {', '.join(VIT_SIZES)}: give --attention_heads")
+            known = ", ".join(VIT_SIZES)
+            need(dim in HEADS_OF_WIDTH, f"{path}: a ViT of width {dim} is none of {known}: give --attention_heads")
             heads = HEADS_OF_WIDTH[dim]
             print0(f"{path}: {heads} attention heads are assumed of its width of {dim}")
         if not pool:
@@ -3314,7 +3316,7 @@ def draw_rows(path, rows, side=96, caption="", legend=None):
     rows: list of (caption, images, frames): N images [3, S, S] uint8, the smallest of which are shown `side` pixels wide;
     frames is None or N names of FRAMES (or None) drawn around them. legend: {name: mark} of more than these.
     """
-    used = {name for _, _, frames in rows for name in frames or ()}
+    used = set(itertools.chain(*(frames or () for _, _, frames in rows)))
     legend = {name: (colour, 4, 0) for name, colour in FRAMES.items() if name in used} | (legend or {})
     widths = [images[0].shape[-1] for _, images, _ in rows]
     scale = side / min(widths)

@@ -2658,8 +2658,8 @@ def load_objects(data, split):
         label = {number: i for i, number in enumerate(sorted(names), 1)}
         known = {}
         for image in content["images"]:
-            known[image["id"]] = dict(id=image["id"], file_name=image["file_name"], height=image["height"], width=image["width"],
-                                      objects=[])  # fmt: skip
+            kept = {name: image[name] for name in ("id", "file_name", "height", "width")}
+            known[image["id"]] = kept | dict(objects=[])
         flat = []
         for o in content["annotations"]:
             number, image, category = o["id"], o["image_id"], o["category_id"]
