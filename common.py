@@ -2462,11 +2462,12 @@ class Run:
             need(all(isinstance(row, dict) for row in self.results.values()), f"{path} holds no table: {remedy}")
 
     def report(self, name, values):
-        """Adds a dict of final numbers to results.json under `name`; their units stand there once. Prints the numbers."""
+        """Adds a dict of final numbers to results.json under `name`; their units stand there once. Prints those that have
+        one."""
         self.results[name] = values
         if self.folder and not self.settings.cost:
-            numbers = {number: v for number, v in values.items() if isinstance(v, int | float)}
-            print0(f"{name}:", "  ".join(f"{number} {v:.1f} {unit(number)}".rstrip() for number, v in numbers.items()))
+            numbers = {number: v for number, v in values.items() if isinstance(v, float) and unit(number)}
+            print0(f"{name}:", "  ".join(f"{number} {v:.1f} {unit(number)}" for number, v in numbers.items()))
             units = {number: unit(number) for number in itertools.chain(*self.results.values())}
             write_atomic(self.folder / "results.json", to_json(self.results | dict(units=units)))
 

@@ -202,6 +202,7 @@ class Job:
         print0(f"the classifier is {file}")
         if not path:
             of_file, own = (encoder.state_dict() for encoder in (classifier.encoder, self.encoder))
+            del of_file["pos_embed"], own["pos_embed"]  # of the image size
             same = of_file.keys() == own.keys() and all(torch.equal(v, own[name]) for name, v in of_file.items())
             need(same, f"{file} is the probe of another encoder: give --classifier FILE")
         return classifier
@@ -3133,8 +3134,8 @@ def draw_objects(path, detector, val, machine):
     ((index, found, truths),) = searched(detector, val, [(0, torch.arange(min(8, len(val))))], machine)
     images = [to_uint8(val.open(i)) for i in index.tolist()]
     sure = [{name: values[one["scores"] >= 0.5] for name, values in one.items()} for one in found]
-    found = "detected, at least half sure"
-    rows = {"images": images, "objects": map(marked, images, truths), found: map(marked, images, sure)}
+    rows = {"images": images, "objects": map(marked, images, truths)}
+    rows["detected, at least half sure"] = map(marked, images, sure)
     labels = torch.cat([one["labels"].cpu() for one in (*truths, *sure)]).unique()
     legend = {str(val.classes[i - 1]): (colour, 4, 0) for i, colour in zip(labels.tolist(), colours_of(labels))}
     draw_rows(path, [(caption, list(row), None) for caption, row in rows.items()], side=128, legend=legend)

@@ -3719,10 +3719,21 @@ def tiny_classifier(encoder, classes, **how):
     return classifier
 
 
+def test_results_of_other_sets_are_kept(job):
+    found = []
+    for sets in (["a"], ["b"], ["a"], []):
+        place = dataclasses.replace(job, protocol="robust", sets=sets, number=1).find_place()
+        place.file("robust.json").write_text(json.dumps(dict(settings=dict(data=job.data, sets=sets))))
+        found.append(place.number)
+    assert found == [1, 2, 1, 3]
+
+
 def test_the_probe_that_is_taken_by_default_is_one_of_the_encoder(job, capsys):
     tiny_classifier(job.encoder, list("abcd")).save(job.file("probe.pt"))
     assert job.load_classifier().classes == list("abcd") and "probe.pt" in capsys.readouterr().out
     with torch.no_grad():
+        job.encoder.pos_embed += 1  # that of another image size
+        job.load_classifier()
         job.encoder.norm.weight[0] += 1
     input_error("probe.pt is the probe of another encoder: give --classifier", job.load_classifier)
     job.load_classifier(job.file("probe.pt"))
@@ -6134,6 +6145,11 @@ def test_help_sets_what_is_run_apart_from_what_the_table_says():
     assert text.index("of the paper:") < text.index("--mae_epochs") < text.index("of every program:") < text.index("--data")
 
 
+def test_help_where_there_is_no_source():
+    """As under python -m cProfile."""
+    assert common.comments(type("Nowhere", (), dict(__module__=__name__))) == {}
+
+
 def test_help_without_docstrings(monkeypatch):
     """As under python -OO."""
     for thing in (can, protocols, *protocols.PROTOCOLS):
@@ -6776,7 +6792,7 @@ BAD = {
         --model vit_nano0               unknown model 'vit_nano0'
         --image_size 20                 image size 20 is not divisible by the patch size 8
         --decoder_heads 3               width 16 is not divisible by 3 heads
-        --mae_batch 64                  batch 64 is larger than the training set (16 images of --data flat)
+        --mae_batch 64                  --mae_batch 64 is larger than the training set (16 images of --data flat)
         --micro_batch 3                 --micro_batch 3 does not divide a process's batch of 8
         --epochs 0.1                    0.1 epochs of 2 steps are not one step
         --head_epochs 0.1               0.1 epochs of 2 steps are not one step
@@ -6820,7 +6836,7 @@ BAD = {
         --batch 16 --queue 8                --batch 16 is larger than the queue of 8
         --head_epochs 0.1                   0.1 epochs of 2 steps are not one step
         --epochs 0.1 --warmup_epochs 0      0.1 epochs of 2 steps are not one step
-        --mae_batch 64                      batch 64 is larger
+        --mae_batch 64                      --mae_batch 64 is larger
         --init post.pt                      post.pt: its blocks are post-norm, those of the model pre-norm
     """,
     can: """
@@ -7139,6 +7155,35 @@ def bench_plain(batch=8):
 def bench_ranks():
     """The same on two processes."""
     print(torchrun(__file__, "bench", "plain").stdout, end="")
+
+
+def bench_background(*encoders):
+    """What features tell: in how many of 1000 cases another class on the same background of `shapes` is nearer than the same
+    class on another one, by the cosine of standardised features; and each against neither in common."""
+    y, x = common.pixel_centres(48)
+
+    def picture(c, ground, thing):
+        sites, dice = (common.Dice((key,), i, 100, 2) for key, i in (("background", ground), ("object", thing)))
+        image = common.patchwork(sites, x, y, [(sites.between(0, 48), sites.between(0, 48)) for _ in range(5)])
+        radius, angle = dice.between(15, 20), dice.between(0, 2 * math.pi)
+        cx, cy = (0.8 * radius + (48 - 1.6 * radius) * dice.between(0, 1) for _ in range(2))
+        image, _ = common.paint(image, x, y, c, radius, angle, cx, cy, *dice.shades(c))
+        return common.noisy_bytes(image, uniform(("noise",), thing, 3, 48, 48))
+
+    sets = [[], [], [], []]
+    for c, i in common.class_parts(100, 100):
+        others = (c + 2) % 10  # of another hue
+        for rows, (name, ground, thing) in zip(sets, ((c, 0, 0), (c, 1, 1), (others, 0, 2), (others, 2, 3))):
+            rows.append(picture(name, i + 1000 * ground, i + 1000 * thing))
+    for path in encoders:
+        encoder = common.load_encoder(path)
+        with torch.no_grad():
+            z = torch.cat([protocols.pooled(encoder, common.augment(part)) for part in itertools.chain(*sets)])
+        first, *rest = F.normalize(protocols.z_scores(z)).split(1000)
+        same_class, same_ground, neither = ((first * z).sum(1) for z in rest)
+        pairs = {"background before class": (same_ground, same_class), "class": (same_class, neither)}
+        pairs["background"] = same_ground, neither
+        print(path, {name: f"{100 * (a > b).double().mean():.1f} %" for name, (a, b) in pairs.items()}, flush=True)
 
 
 def bench_list(files=100_000):
