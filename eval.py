@@ -284,9 +284,9 @@ def mean_of_splits(name, values):
 
 
 def learn_splits(job, run, train, splits, name, file, learn):
-    """A classifier of each of several training sets, their indices in `train`, one stage of the run each: the last's
-    result, with the mean of `name`; the last classifier is written as `file`. learn(images, run, stage) → (result,
-    Classifier)."""
+    """A classifier of each of several training sets, their indices in `train`, one stage of the run each: the result, or
+    of several what all of them say, with the means of `name` and of top5; the last classifier is written as `file`.
+    learn(images, run, stage) → (result, Classifier)."""
     for i, index in enumerate(splits, 1):
         stage = f"{name} {i}"
         if stage in run.results:  # of before the run was resumed
@@ -297,8 +297,13 @@ def learn_splits(job, run, train, splits, name, file, learn):
     results = list(run.results.values())
     whole = all(isinstance(result.get(name), int | float) for result in results)
     need(whole, f"results.json of the run has no {name}: begin anew")
-    values = [result[name] for result in results]
-    return results[-1] | (mean_of_splits(name, values) if len(values) > 1 else {})
+    first, *others = results
+    if not others:
+        return first
+    alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    if "top5" in first:
+        alike["top5"] = float(np.mean([result["top5"] for result in results]))
+    return alike | mean_of_splits(name, [result[name] for result in results])
 
 
 def default_batch(batch, images, pairs=False):

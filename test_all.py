@@ -4124,6 +4124,15 @@ def test_few_labels_of_a_torchvision_set(torchvision_sets, tmp_path, protocol):
     assert found[name] == pytest.approx(np.mean(found["by_split"])) and len(found["by_split"]) == 3 and "top5" in found
 
 
+def test_of_several_splits_only_what_they_have_in_common_is_reported():
+    run = common.Run(CPU)
+    results = iter([dict(probe=40.0, top5=70.0, lr=0.1, epochs=9), dict(probe=60.0, top5=90.0, lr=0.2, epochs=9)])
+    job = mock.Mock()
+    sets = [torch.arange(3), torch.arange(3)]
+    found = protocols.learn_splits(job, run, mock.Mock(), sets, "probe", "probe.pt", lambda *_, **__: (next(results), None))
+    assert found == dict(probe=50.0, std=10.0, by_split=[40.0, 60.0], top5=80.0, epochs=9)
+
+
 def test_transfer_compares_encoders_on_several_sets(torchvision_sets):
     files = [Path(name, "encoder.pt") for name in ("one", "two")]
     for seed, file in enumerate(files):
