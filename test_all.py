@@ -4916,6 +4916,7 @@ def test_a_detection_that_was_stopped_goes_on_to_the_same_bits_and_is_drawn(with
     "flags, message",
     [
         ("--image_size 30", "30 is not divisible by the patch size 4"),
+        ("--image_size 4", "4 is one patch"),
         ("--encoder odd.pt --image_size 28", "patches have 7 pixels: .* a power of two"),
         ("--encoder short.pt", "has 3 blocks, expected at least the 4"),
         ("--batch 9", "batch 9 is larger than the training set"),
