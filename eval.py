@@ -196,6 +196,7 @@ class Job:
     def load_classifier(self, path=None):
         """The Classifier of a file, by default of probe.pt where results go, which must be one of this encoder; where the job
         runs."""
+        need(self.pool is None, f"--pool {self.pool}: a classifier has a feature of its own, leave it out")
         file = path or self.file("probe.pt", 1)
         need(path or file.is_file(), f"there is no {file}: run `eval.py probe` before, or give --classifier FILE")
         classifier = load_classifier(file, self.image_size).to(self.machine.device)

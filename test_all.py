@@ -3737,6 +3737,8 @@ def test_the_probe_that_is_taken_by_default_is_one_of_the_encoder(job, capsys):
         job.encoder.norm.weight[0] += 1
     input_error("probe.pt is the probe of another encoder: give --classifier", job.load_classifier)
     job.load_classifier(job.file("probe.pt"))
+    other = dataclasses.replace(job, pool="mean")
+    input_error("--pool mean: a classifier has a feature of its own", lambda: other.load_classifier(job.file("probe.pt")))
 
 
 @pytest.mark.parametrize("all_classes", [False, True])
