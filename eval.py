@@ -2116,7 +2116,7 @@ class Pyramid(nn.Module):
         patch = encoder.patch_size
         fits = all(side % patch == 0 for side in shape)
         need(fits, f"--image_size {shape[0]} is not divisible by the patch size {patch}")
-        need(min(shape) > patch, f"--image_size {shape[0]} is one patch: the coarsest map has half as many")
+        need(min(shape) > patch, f"--image_size {shape[0]} is one patch: too few for a map half as fine")
         need(encoder.depth >= 4, f"the encoder has {encoder.depth} blocks, expected at least the 4 whose maps are used")
         self.encoder, self.blocks, self.last = encoder, blocks, last
         self.grid = tuple(side // patch for side in shape)
