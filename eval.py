@@ -2227,7 +2227,7 @@ SEGMENT_LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # C.8: a r
 
 @dataclass
 class Annotated(Images):
-    """Images with a label map each, as ADE20K keeps them: class + 1 for every pixel, 0 where it counts nowhere."""
+    """Images with a label map each, as ADE20K keeps them: class + 1 for every pixel, 0 (or 255) where it counts nowhere."""
 
     maps: torch.Tensor | np.ndarray = None  # [N, H, W] uint8, or [N] names of files as bytes
 
@@ -2238,6 +2238,8 @@ class Annotated(Images):
         labels = Image.open(os.fsdecode(labels)) if isinstance(labels, bytes) else Image.fromarray(labels.numpy())
         if image.size != labels.size or len(labels.getbands()) > 1:
             raise ValueError(f"its label map is {labels.size} {labels.mode}, expected {image.size} in one channel")
+        if labels.mode in ("L", "P"):
+            labels = labels.point([*range(255), 0])
         if (largest := labels.getextrema()[1]) > len(self.classes):
             raise ValueError(f"its label map has {largest}, expected 0 to {len(self.classes)}")
         return image, labels

@@ -4373,6 +4373,13 @@ def test_annotations_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
         [(_, labels)] = protocols.annotated_batches(load(), [(0, torch.tensor([1]))], crop, Machine(CPU.device))
         assert torch.equal(labels[0], crop(load(), 0, 2)[1].long() - 1)  # another takes its place
         assert re.search(f"skipped .*ADE_00000001.bmp: .*{fault}", capsys.readouterr().err)
+    void = Image.new("L", (48, 40), 255)
+    for mode in "LP":
+        if mode == "P":
+            void.putpalette(bytes(768))
+        void.save(broken)
+        assert load().open_both(1)[1].mode == mode
+        assert crop(load(), 0, 1)[1].eq(0).all()  # counts nowhere, as 0
     broken.unlink()
     with pytest.raises(InputError, match="no label map .*ADE_00000001.png; every image needs one"):
         load()
