@@ -590,7 +590,7 @@ def mlp_head(*dims, last_norm, eps=1e-5):
     """Linear-BatchNorm-ReLU, …, Linear(-BatchNorm): the projectors and predictors of MAE-CT (A.2), CAN and CMAE.
 
     dims are widths from input to output; eps is the BatchNorms'. No linear has a bias: those before a BatchNorm need
-    none, and the last has none in the authors' code. Weights keep PyTorch's default initialisation.
+    none, and the last has none in MAE-CT's and CMAE's code. Weights keep PyTorch's default initialisation.
     """
     layers = []
     for i, o in zip(dims, dims[1:-1]):
@@ -1315,7 +1315,7 @@ def to_uint8(image):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mov"}
 
 
 def load_splits(data, labels=False, val=True, load=None, **how):
@@ -1378,8 +1378,7 @@ def load_folder(data, split, labels):
     need(classes or not labels, f"--data {data}: labels are needed, but {loose} lies in no class folder of {folder}, and "
                                 f"there is no {listed} with a line NAME CLASS for each image")  # fmt: skip
     said = f"{len(classes)} classes" if classes else f"no labels: {loose} lies in no class folder"
-    others = "".join(f", {count} {suffix or 'other files'} ignored" for suffix, count in ignored.most_common(4))
-    print0(f"{folder}: {len(files)} images, {said}{others}")
+    print0(f"{folder}: {len(files)} images, {said}{told(ignored)}")
     return Images(numbers, classes, files=file_names(files))
 
 
@@ -1407,8 +1406,18 @@ def find_files(folder, suffixes, ignored=None):
             if name.lower().endswith(wanted):
                 files.append(inside + name)
             elif ignored is not None:
-                ignored[os.path.splitext(name)[1].lower()] += 1
+                ignored[suffix_of(name)] += 1
     return sorted(files)
+
+
+def suffix_of(file):
+    """".jpg" of a path or name, in lower case."""
+    return os.path.splitext(file)[1].lower()
+
+
+def told(ignored):
+    """What is said of ignored files: a Counter of suffixes."""
+    return "".join(f", {count} {suffix or 'other files'} ignored" for suffix, count in ignored.most_common(4))
 
 
 def leads_back(path):
@@ -1612,17 +1621,20 @@ def torchvision_dataset(name, download=True, **choice):
 
 
 def draw_per_class(labels, key, count=None, fraction=None, skip=0):
-    """Indices of images drawn at random by a key of `uniform`, in the order of the set: `count` of every class or a
-    `fraction` of it, behind the `skip` ones that are drawn first; by default all the others. labels [N]."""
+    """Indices of images drawn at random by a key of `uniform`, in the order of the set: `count` of every class (all of a
+    smaller one) or a `fraction` of it, behind the `skip` ones that are drawn first; by default all the others. labels [N]."""
     order = uniform(key, torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
-    kept = []
+    kept, small = [], 0
     for c in labels.unique().tolist():
         of_class = order[labels[order] == c][skip:]
         wanted = count or len(of_class)
         if fraction:
             wanted = max(1, round(fraction * len(of_class)))
-        need(wanted <= len(of_class), f"{wanted} images a class are wanted, but class {c} has {len(of_class)}")
+        small += wanted > len(of_class)
         kept.append(of_class[:wanted])
+    need(small < len(kept), f"{count} images a class are wanted, but no class has as many")
+    if small:
+        print0(f"{small} of {len(kept)} classes have fewer than {count} images: all of theirs are taken")
     return torch.cat(kept).sort().values
 
 
@@ -1643,12 +1655,14 @@ def load_videos(data, split, labels=False, gap=-1):
     need(os.path.isdir(data), f"--data {data}: no such folder, and not the built-in 'moving_shapes'")
     folder = split_folder(data, split, labels)
     has_split = folder != Path(data)
-    clips, images = find_files(folder, VIDEO_SUFFIXES), find_files(folder, SUFFIXES)
+    ignored = collections.Counter()
+    clips = find_files(folder, VIDEO_SUFFIXES, ignored)
+    images = find_files(folder, SUFFIXES)
     if clips:
         need_torchcodec(data, clips)
     if any(clip.lower().endswith(".avi") for clip in clips):
-        print0("AVI files have no presentation times: with B-frames other frames come than are asked for; to be safe remux "
-               "them: ffmpeg -fflags +genpts -i x.avi -c copy x.mkv")  # fmt: skip
+        print0("AVI files have no presentation times: with B-frames other frames come than are asked for; to be safe encode "
+               "them anew: ffmpeg -i x.avi -fps_mode passthrough -c:v libx264 x.mp4")  # fmt: skip
     stills_at = 2 if has_split else 1  # how deep in the tree an image is one of its own
     depth = len(folder.parts)
     frames = [f for f in images if len(Path(f).parts) - depth > stills_at]
@@ -1660,7 +1674,8 @@ def load_videos(data, split, labels=False, gap=-1):
     if has_split and not any(os.path.dirname(f) == str(folder) for f in clips + stills):
         number, classes = class_labels(files, folder)
     kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
-    print0(f"{folder}: {kinds}, " + (f"{len(classes)} classes" if classes else "no labels"))
+    said = f"{len(classes)} classes" if classes else "no labels"
+    print0(f"{folder}: {kinds}, {said}{told(ignored - collections.Counter(suffix_of(f) for f in images))}")
     return Videos(number, classes, files=file_names(files), gap=gap)
 
 
@@ -1696,9 +1711,9 @@ class Videos(Images):
             return Clip(self.pixels[i])
         path = Path(self.name(i))
         if path.is_dir():
-            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
+            names = [name for name in os.listdir(path) if suffix_of(name) in SUFFIXES and name[0] != "."]
             return Clip([path / name for name in sorted(names, key=natural_key)])
-        return Clip(open_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else [path])
+        return Clip(open_video(path) if suffix_of(path) in VIDEO_SUFFIXES else [path])
 
 
 class Clip:
@@ -1759,7 +1774,7 @@ def sample_frames(noise, length, gap=-1):
     else:
         first = (noise[:, 0] * max(length - gap, 1)).long()
         second = first + (gap > 0) + (noise[:, 1] * gap).long()
-    return torch.stack([first, second.clamp(max=length - 1)], 1)
+    return torch.stack([first, second], 1).clamp(max=length - 1)  # noise may be rounded to 1
 
 
 class Stills(Images):
