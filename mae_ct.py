@@ -8,10 +8,11 @@ A masked autoencoder remembers everything in an image, the background too. MAE-C
 No augmentation but crop and flip is needed; the neighbours are the augmentation.
 
     python mae_ct.py                                                    # all of it on built-in data, in minutes
-    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16
+    torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 --micro_batch 128
     torchrun --nproc_per_node 8 mae_ct.py --data /path/to/imagenet --model vit_l16 \
         --init mae_pretrain_vit_large.pth --stages head,ct
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mae_ct.py --data ... --model vit_h16
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mae_ct.py --data ... --model vit_h16 \
+        --micro_batch 32
 
 Easy to get wrong:
   - BatchNorm statistics are those of one view over all ranks, never of both views together (A.2).
@@ -38,11 +39,11 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Table 3        eval.py cluster; MAE's B/16 has [CLS] here (B.3): eval.py cluster --pool cls
   Table 4        --k 1 · --k 1 --ct_mask_ratio 0.75 · --k 1 --no_nn_lookup · --k 1 --stages ct --init mae.pt · eval.py probe
                  · eval.py knn; its first row is Table 13's with k = 1, so are those of Tables 7 and 8
-  Table 5        --cost --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
+  Table 5        --cost --mae_batch 512 --batch 128 --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
   Table 6        eval.py probe, and of what that wrote: eval.py invariance
   Table 7        --k 1 --stages combined · --k 1 --stages combined,ct --no_detach|--detach · --k 1 --stages combined,head,ct
-                 · the others after the first: --k 1 --stages ct --init mae.pt --head head.pt
-                 · --k 1 --stages head,ct --init mae.pt
+                 · the same from one run of --stages combined, or of --stages combined --detach:
+                 --k 1 --stages ct --init mae.pt --head head.pt · --k 1 --stages head,ct --init mae.pt
   Table 8        --k 1 · --k 1 --stages head,ct --init mae_pretrain_vit_large.pth · eval.py probe · eval.py knn
   Tables 9, 10   The presets TABLE_9 and TABLE_10.
   Tables 11, 12  The recipes of eval.py's probe and finetune, mae_ct and lowshot.
@@ -58,7 +59,7 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Figures 1, 4, 8   eval.py embed --classes LIST · accuracies below 4 and 8: eval.py cluster --classes LIST
   Figure 2       A drawing.
   Figure 3       eval.py colorhist
-  Figures 5, 10  eval.py retrieve --classes LIST
+  Figures 5, 10  eval.py retrieve --classes LIST, 10 with --samples 15
   Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug; A.1 has 4 GPUs and batches of 2048, 1024, 512 in
                  stage mae, half of that in ct; Table 2's accuracies against these hours: eval.py curve
                  --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792
@@ -99,7 +100,7 @@ class Settings(RunSettings):
     mae_batch: Count = 4096  # global: of all processes together, in stage mae; He et al. Table 8
     mae_lr: Positive = 1.5e-4  # learning rate of stage mae, at batch 256; 4.1; the authors' code counts the views too: 3e-4
     mae_warmup_epochs: Number = 40  # epochs in which that rises; He et al. Table 8
-    mae_views: Count = 1  # crops of an image; 2: the re-implementation of A.1, with 800 epochs and a batch of 1024 (H: 512)
+    mae_views: Count = 1  # crops of an image; 2: A.1's, 800 epochs of batch 1024 (H: 512), the authors' warm-up of 20
     mask_ratio: Ratio = 0.75  # share of the patches that is removed; 4.1
     norm_pix: bool = True  # targets are normalised patch by patch: 4.1, "normalize pixels"
     decoder_dim: Count = 512  # width of the pixel decoder; He et al. Table 1b
@@ -117,7 +118,7 @@ class Settings(RunSettings):
     head_dim: Count = 256  # width of the embeddings
     head_weight_decay: Number = 1e-5  # of projector and predictor
     nn_lookup: bool = True  # Table 4: without it, z itself is the positive
-    stop_gradient: bool = False  # without the lookup: none to z; the authors' heads without a queue let it through
+    stop_gradient: bool = False  # without the lookup: none through z, in stage ct to the encoder; theirs let it through
 
     # stage head: 4.1, A.2
     head_epochs: Positive = 20  # of stage head
@@ -179,7 +180,7 @@ def presets(given):
         row |= TABLE_10.get(size, TABLE_10["l"])
     authors = given.get("authors")
     if authors:
-        row |= AUTHORS
+        row |= AUTHORS if given.get("mae_views", 2) == 2 else {}
         if size == "h":
             row |= dict(k=20)
     if given.get("mae_views", authors and 2) == 2 or "combined" in given.get("stages", ""):
@@ -210,7 +211,7 @@ class NNCLRHead(nn.Module):
         """The symmetrised InfoNCE loss of Algorithm 1 (Eq. 1-2).
 
         y1, y2 [N, D]: features of two views; index, labels [N]; dice [N, 2] in [0, 1) for the top-k sampling. Without
-        nn_lookup z takes the place of its neighbour, with its gradient unless stop_gradient.
+        nn_lookup z takes the place of its neighbour, with its gradient to y, but not to g_m, unless stop_gradient.
 
         Returns:
             loss (scalar), and a dict: z1 [N, head_dim] for the queue, and nn_accuracy, the share of nearest neighbours of
@@ -299,7 +300,9 @@ def combined_pretraining(run, f, decoder, head, images):
     """Section 4.5: L = L_MAE + lambda * L_NNCLR on two masked views; `detach` stops the head's gradient at the encoder."""
     s = run.settings
     f.freeze(0)
-    groups = parameter_groups(nn.ModuleList([f, decoder, head]), s.mae_lr * s.mae_batch / 256, s.weight_decay)
+    lr = s.mae_lr * s.mae_batch / 256  # the head's too, as its temperature and weight decay of elsewhere: chosen, 4.5 is silent
+    groups = parameter_groups(nn.ModuleList([f, decoder]), lr, s.weight_decay)
+    groups += parameter_groups(head, lr, s.head_weight_decay)
     optimizer = adamw(groups, zero=s.zero)
 
     def encode(x1, x2, noise):
