@@ -8,10 +8,10 @@ lose half of their patches and go through encoder and decoder:
 The paper's baselines are the same step with other settings: SimCLR has the first task alone, MAE the second.
 
     python can.py                                                  # CAN, SimCLR and MAE on built-in data, in minutes
-    torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16
-    torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16 --methods simclr
+    torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16 --micro_batch 128
+    torchrun --nproc_per_node 8 can.py --data /path/to/imagenet --model vit_l16 --micro_batch 64 --methods simclr
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 \
-        can.py --data /path/to/uncurated --model vit_l16 --epoch_images 1281167
+        can.py --data /path/to/uncurated --model vit_l16 --micro_batch 128 --epoch_images 1281167
 
 Easy to get wrong:
   - Negatives exclude both views of the sample itself: 2n - 2 of them over all ranks, gathered with gradient (3.2).
@@ -115,7 +115,7 @@ class Settings(RunSettings):
 # Table 6 (ImageNet), Table 7 (JFT-300M): CAN and SimCLR
 TABLE_6 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=1600), "l": dict(lr=1.25e-4, weight_decay=0.1)}
 TABLE_7 = {"b": dict(lr=2.5e-4, weight_decay=0.05, epochs=800), "l": dict(lr=3.125e-5, weight_decay=0.05, epochs=5000)}
-# Tables 8 and 9: MAE. Of the augmentation they list, the text's "as He et al." keeps crop and flip
+# Tables 8 and 9: MAE. Of the augmentation they list, C keeps He et al.'s: crop and flip
 TABLE_8 = dict(lr=1.5e-4, weight_decay=0.05)
 TABLE_9 = dict(lr=3.75e-5, weight_decay=0.05)
 METHODS = {
@@ -159,6 +159,9 @@ def presets(given):
     for name in METHODS["mae"]:  # these are all that a method may set
         fault = f"--{name} belongs to one method: name it instead of --methods {methods}"
         need(name not in given or "," not in methods, fault)
+    mixed = "mae" in methods and "," in methods and data not in ("shapes", "random")
+    fault = f"--methods {methods}: MAE has a --lr and --weight_decay of its own (Tables 8, 9): run it alone, or give both"
+    need(not mixed or {"lr", "weight_decay"} <= given.keys(), fault)
     return row | method_row(methods, data)
 
 
@@ -188,7 +191,9 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, sigma):
         like = dict(device=sigma.device, dtype=sigma.dtype)
-        exponents = torch.linspace(0, 1, 64, **like) if self.authors else torch.arange(0, 1, 2 / self.dim, **like)  # [d/2]
+        exponents = torch.arange(0, 1, 2 / self.dim, **like)[: self.dim // 2]  # rounding may give one more
+        if self.authors:
+            exponents = torch.linspace(0, 1, 64, **like)
         angles = sigma[:, None] / self.unit * 10000**-exponents
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 

@@ -7,7 +7,7 @@ image (Eq. 1-8). Both views are cut from one master crop, shifted by a few pixel
 random crops would have too little in common. Colours change for the momentum encoder alone. The online encoder is kept.
 
     python cmae.py                                                      # MAE and CMAE on built-in data, in minutes
-    python cmae.py --data /path/to/imagenet --model vit_b16             # one GPU
+    python cmae.py --data /path/to/imagenet --model vit_b16 --micro_batch 256    # one GPU
     torchrun --nproc_per_node 8 cmae.py --data /path/to/imagenet --model vit_b16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 cmae.py --data ...
 
