@@ -11,7 +11,8 @@ What is kept is an EMA of the encoder, which the training itself never uses.
     python mim_refiner.py                                               # all of it on built-in data, in minutes
     torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --init mae_pretrain_vit_large.pth \
         --micro_batch 32
-    torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --mim data2vec2 --init stripped.pt
+    torchrun --nproc_per_node 8 mim_refiner.py --data /path/to/imagenet --model vit_l16 --mim data2vec2 --init stripped.pt \
+        --micro_batch 32
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400 mim_refiner.py --data ... \
         --model vit_h14 --init mae_pretrain_vit_huge.pth --micro_batch 8
 
@@ -39,6 +40,9 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
                  a batch of 250, the larger 125: eval.py finetune --recipe mim_refiner_1 --lr 1e-4 --weight_decay 0.05
                  --batch 250|125 --lists LIST LIST LIST
                  · 1 and 10 %: eval.py finetune --recipe mim_refiner_1|mim_refiner_10 --lists LIST
+                 · MIM models' 1 %, rates by hand (1e-4 to 1e-2) and a batch of 128 for the larger in the authors' code:
+                 eval.py finetune --recipe mim_refiner_1 --lr 1e-3 --weight_decay 0.05 --batch 512|128 --lists LIST
+                 · L's 10 %: eval.py finetune --recipe mae --drop_path 0.1 --batch 512 --positions --lists LIST
                  · eval.py probe --recipe dinov2 --best_epoch · eval.py knn --raw --standardize, whose k is tuned for MIM
                  models (C.4)
   Tables 3, 9    eval.py cluster --normalization l2
@@ -46,6 +50,7 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
                  · eval.py probe --recipe dinov2_reduced --best_epoch --shots 1 --splits 3
                  · eval.py probe --recipe dinov2_reduced --best_epoch · VTAB: Table 8 · ADE20K: eval.py segment
   Table 5        L/16: eval.py finetune --recipe mae --drop_path 0.1 · H/14: eval.py finetune --recipe mae --drop_path 0.2
+                 · the authors' code: eval.py finetune --recipe mae --positions
   Table 6        6a is 1b · 6b: --model vit_h14 --head_blocks
                  22,24,26,28,30,32|16,18,20,22,24,26,28,30,32|20-32
   Table 7        --model vit_h14 --color|--no_color, evaluated as Table 2
@@ -55,7 +60,8 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
   Table 12       The recipe inat18 of eval.py's finetune.
   Table 13       eval.py knn --raw --standardize · eval.py knn --last 4 --standardize
   Table 14       eval.py stats
-  Figures 1, 2   Table 2's numbers, and hours and FLOPs: --cost --model vit_l16|vit_h14|vit_2b14
+  Figures 1, 2   Table 2's numbers, and hours and FLOPs (with --micro_batch it encodes twice, so a batch that one GPU holds):
+                 --cost --mae_batch 128 --batch 32 --model vit_l16|vit_h14|vit_2b14
   Figure 3       3a: counts of parameters · 3b: eval.py knn --per_block --standardize · 3c, whose task is not said:
                  eval.py probe --block 20 · eval.py lowshot --block 20 --shots 1 · 3d and Figure 6: eval.py blocks
   Figures 4, 8   Drawings.
@@ -457,6 +463,7 @@ def prepare(argv):
     train, val = load_splits(s.data, val=s.eval and not s.cost)
     if decoder:
         check_batch(s, train, s.mae_batch, s.mae_epochs)
+    need(s.warmup_epochs <= s.head_epochs, f"--warmup_epochs {s.warmup_epochs:g} outlasts --head_epochs {s.head_epochs:g}")
     check_batch(s, train, s.batch, s.head_epochs)
     check_batch(s, train, s.batch, s.epochs)
     need(s.batch <= s.queue, f"--batch {s.batch} is larger than the queue of {s.queue}")

@@ -34,8 +34,8 @@ Trained on Kinetics-400 or Moments in Time; Top-5 is printed beside Top-1. The f
   Table 6        --color --crop_min 1 --no_flip · --no_color|--color · eval.py probe --recipe vicmae
   Table 7        The settings.
   Tables 8, 9    The recipes vicmae of eval.py's finetune and probe; its video has Table 8's without augmentation.
-  Table 10       --methods simsiam|vicreg|vicmae · how is not said (B), so chosen: eval.py finetune --recipe vicmae_subset
-                 --fraction 0.05|0.1|0.25|0.5|0.75|1
+  Table 10       --methods simsiam|vicreg|vicmae
+                 · eval.py finetune --recipe vicmae_subset --fraction 0.05|0.1|0.25|0.5|0.75|1
   Figures 1, 2   Drawings.
 """
 
