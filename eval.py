@@ -23,7 +23,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     probe --recipe dinov2_reduced --best_epoch --shots 1 --splits 3     MIM-Refiner Table 4, iNat18, 1-shot
     probe --block 20                                    MIM-Refiner Figure 3c, which says neither task nor blocks
     probe --recipe lars --pool mean                     CAN Tables 1, 2, 3, 5, Figures 1, 6, 7
-    probe --recipe lars --epochs 90                     CMAE Figure 5a, 0 blocks: as He et al.
+    probe --recipe lars --epochs 90                     CMAE Figure 5a, 0 blocks: as He et al., who warm up for 10, here 9
     probe --recipe vicmae                               ViC-MAE Tables 2, 4, 5, 6; the paper's feature: --pool cls
     lowshot --lists LIST LIST LIST                      MAE-CT Tables 2, 16: 1, 2, 5 shots
     lowshot --lists LIST LIST LIST --raw                MIM-Refiner Tables 1, 2, 7, Figure 2; Table 11: --image_size 518
@@ -31,18 +31,24 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     lowshot --recipe can --shots 1 5 --image_size 384   CAN Figures 4, 10-14, 16; also 10 and 25 shots
     finetune --recipe crop_flip --lists LIST LIST LIST  MAE-CT Tables 2, 16: 1, 2, 5 shots of MAE
     finetune --recipe crop_flip --lists LIST            MAE-CT Tables 2, 16: 1 and 10 % of MAE-CT; 1 % of MAE (H: --lr 1e-2)
+                                                        and of MAE-CT_aug's ViT-H
     finetune --recipe lowshot --randaugment 0 --lists LIST      MAE-CT Tables 2, 16: 1 % of MAE-CT_aug's B, L
     finetune --recipe lowshot --lists LIST              MAE-CT Tables 2, 16: 10 % of MAE-CT_aug's B, L
     finetune --recipe mae --lists LIST                  MAE-CT Tables 2, 16: 10 % of MAE, of MAE-CT_aug's ViT-H
     finetune --recipe mae                               MAE-CT Table 14, Figure 7; MIM-Refiner Table 5 (--drop_path 0.1, H 0.2)
-    finetune --recipe mim_refiner_1 --lists LIST        MIM-Refiner Tables 2, 7: 1 %
+    finetune --recipe mim_refiner_1 --lists LIST        MIM-Refiner Tables 2, 7: 1 % of refined models (2B: --blocks 18)
     finetune --recipe mim_refiner_10 --lists LIST       MIM-Refiner Tables 2, 7: 10 %
     finetune --recipe mim_refiner_1 --lr 1e-4 --weight_decay 0.05 --batch 250 --lists LIST LIST LIST
                                                         MIM-Refiner Table 2: shots of MIM models; H, 2B: --batch 125
+    finetune --recipe mim_refiner_1 --lr 1e-3 --weight_decay 0.05 --lists LIST
+                                                        MIM-Refiner Table 2: 1 % of MIM models; H, 2B: --batch 128
+    finetune --recipe mae --drop_path 0.1 --batch 512 --positions --lists LIST
+                                                        MIM-Refiner Table 2: 10 % of MIM models, ViT-L
     finetune --recipe inat18 --shots 5 --splits 3       MIM-Refiner Table 4, iNat18: 5 shots; also 10
     finetune --recipe can                               CAN Table 3, Figure 1; for Figures 5, 8, 9, 15
     finetune --recipe can --scratch vit_b16 --layer_decay 1     CAN Table 3: from scratch, as chosen; Figure 9: --mixup 0.8
-    finetune --recipe cmae                              CMAE Tables 1, 2, 4, Figures 2, 4, 5b
+    finetune --recipe cmae                              CMAE Tables 1, 2, Figures 2, 4b, 5b
+    finetune --recipe cmae --lr 5e-4                    CMAE Table 4, Figures 2, 4a: after 300 epochs
     finetune --recipe partial --blocks 1                CMAE Figure 5a
     finetune --recipe vicmae                            ViC-MAE Table 1; the paper's feature: --pool cls
     finetune --recipe vicmae --scratch vit_b16 --layer_decay 1  ViC-MAE Table 1: Scratch, by a recipe that is chosen
@@ -60,7 +66,7 @@ Tables and figures. All but curve take --encoder FILE --data DATA too; LIST is a
     cluster --classes LIST                              MAE-CT Tables 21, 22, Figures 4, 8, 9
     cluster --normalization l2                          MIM-Refiner Tables 3, 9; Figure 5: --classes LIST
     retrieve                                            MAE-CT Figure 11
-    retrieve --classes LIST                             MAE-CT Figures 5, 10
+    retrieve --classes LIST                             MAE-CT Figures 5, 10 (--samples 15)
     embed --classes LIST                                MAE-CT Figures 1, 4, 8; MIM-Refiner Figure 5
     segment                                             MIM-Refiner Table 4, ADE20K
     segment --head upernet                              CMAE Table 3a; CMAE*: --layer_decay 0.75 --drop_path 0.2
@@ -108,8 +114,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import (
     Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign, box_area, box_convert, clip_boxes_to_image, masks_to_boxes,
+    remove_small_boxes,
 )  # fmt: skip
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import InterpolationMode
@@ -212,7 +220,9 @@ class Job:
         """The Run of a long protocol, in a folder of its own; to resume it, all its settings `config` must be the same."""
         folder = self.file(f"{self.protocol}.run")
         path = folder / "protocol.json"
-        config = json.dumps(dict(data=self.data, encoder=self.encoder.config) | config, default=str)
+        weights = sum(torch.hash_tensor(value.cpu()).item() for value in self.encoder.state_dict().values())
+        config = dict(data=self.data, encoder=self.encoder.config, weights=weights) | config
+        config = json.dumps(config, default=str)
         if rank() == 0 and self.resume:
             same = path.is_file() and path.read_bytes() == config.encode()
             need(same, f"--resume: {folder} holds no run of this data, encoder and settings: leave --resume out, or see {path}")
@@ -422,7 +432,7 @@ class Classifier(nn.Module):
     """An encoder and a linear classifier on its feature: standardised images [N, 3, S, S] → logits [N, C].
 
     What probe.pt and finetuned.pt hold. The feature is that of `pooled`, blocks side by side; `norm` is a probe's non-affine
-    BatchNorm, or nothing.
+    BatchNorm, a LayerNorm in fine-tuning post-norm encoders, or nothing.
     """
 
     def __init__(self, encoder, classes, blocks=None, pool=None, norm=None):
@@ -463,6 +473,8 @@ def load_classifier(path, image_size=None):
         norm = None
         if "norm.running_mean" in state:
             norm = BatchNorm(len(state["norm.running_mean"]), affine=False)
+        elif "norm.weight" in state:
+            norm = nn.LayerNorm(len(state["norm.weight"]), eps=1e-6)
         classifier = Classifier(encoder, found["classes"], found["blocks"], found["pool"], norm)
         load_state(classifier, {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | state, str(path))
         classifier.eval().requires_grad_(False)
@@ -902,7 +914,7 @@ def linear_fewshot(x, y, classes, steps=2500, lr=0.01, batch=512):
     """CAN's few-shot classifier (its appendix C): W [D, C] of a linear layer, learning rate 0.01, 2500 steps.
 
     What it refers to (Dosovitskiy et al. 2021, Table 4) has SGD with momentum 0.9, batch 512, cosine, gradients clipped to
-    1. Chosen: features of unaugmented images, no warm-up, a start at 0, no bias.
+    1. Chosen: features of unaugmented center crops, no warm-up, a start at 0, no bias.
     """
     w = x.new_zeros(x.shape[1], classes, requires_grad=True)
     optimizer = torch.optim.SGD([dict(params=[w], peak_lr=lr)], momentum=0.9)
@@ -988,7 +1000,7 @@ class FineTuning:
     clip_grad: Number = 0.0  # largest gradient norm; 0: no clipping
     weight_decay: Number = 0.05  # AdamW's, of all but biases and norms
     layer_decay: Share = 0.75  # factor of the rate from a block to the one below
-    positions: bool = False  # the position table learns too (MIM-Refiner's code); MAE's is fixed
+    positions: bool = False  # the position table learns too, as in the codes of MAE and MIM-Refiner; no paper says it
     drop_path: Ratio = 0.1  # share of samples that skip the last block's branches, less below
     label_smoothing: Fraction = 0.1  # share of a target that all classes have alike
     randaugment: Whole = 2  # operations of RandAugment, one after the other; 0: none
@@ -1017,10 +1029,10 @@ def recipe(name, dim):
         can            CAN Table 10
         cmae           CMAE 4.2, "mixup, cutmix, drop path, etc.": MAE's, layer decay and last lr of the authors' configs;
                        --lr 5e-4 after 300 epochs of pre-training
-        partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50, 100, 200 epochs for each --blocks from
-                       1; with 0 it is linear probing: eval.py probe
+        partial        CMAE 4.5, after He et al. A.1: Table 9, but the best of 50 (--warmup 0.1), 100, 200 (--warmup 0.025)
+                       epochs for each --blocks from 1; with 0 it is linear probing: eval.py probe
         vicmae         ViC-MAE Table 8; Table 1
-        vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10, of which B does not say how; chosen: Table 8, crops and flips
+        vicmae_subset  5 to 100 % of ImageNet: ViC-MAE Table 10, Table 8 without RandAugment and Mixup
         shapes         the built-in images in a minute or two: chosen on MAE's encoder
 
     Optimiser and schedule are MAE's; what a table of low-shot fine-tuning does not list is off. MAE-CT's Table 14:
@@ -1233,7 +1245,7 @@ def tune(classifier, stream, count, validate, s, run, stage="finetune"):
     training = Training(run, stage, state, count, s.batch, s.epochs)
 
     def encode(x, target, drop):
-        logits = promote(classifier.head(classifier.feature(x, drop)))
+        logits = promote(classifier.head(classifier.norm(classifier.feature(x, drop))))
         return (), F.cross_entropy(logits, target, reduction="none", label_smoothing=s.label_smoothing)
 
     for x, target, rows in training.steps(stream(training)):
@@ -1258,8 +1270,9 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
     """Fine-tuning of an encoder (He et al. 2022, A.1; MAE-CT A.3), of its last `s.blocks` blocks with the final norm (He et
     al. 4.3; CMAE 4.5), or, with 0 blocks, of the classifier alone.
 
-    The classifier is linear on the encoder's own pooled feature (MAE's code: patch mean under a norm of its own). Crops of
-    0.08-1 of the area, flips, then what `s` asks for.
+    The classifier is linear on the encoder's own pooled feature (MAE's code: patch mean under a norm of its own), of a
+    post-norm encoder (data2vec 2.0) under a new LayerNorm, as in MIM-Refiner's code. Crops of 0.08-1 of the area, flips, then
+    what `s` asks for.
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: labelled Images; run: a Run, which keeps checkpoints if it has
@@ -1270,7 +1283,8 @@ def finetune(encoder, train, val, run, s, stage="finetune"):
     check_tuning(s, encoder)
     size = encoder.config["image_size"]
     torch.manual_seed(s.seed)
-    classifier = Classifier(trainable_copy(encoder, s), train.classes).to(run.machine.device)
+    norm = nn.LayerNorm(encoder.dim, eps=1e-6) if encoder.config["post_norm"] else None
+    classifier = Classifier(trainable_copy(encoder, s), train.classes, norm=norm).to(run.machine.device)
 
     def stream(training):
         views = [View(size, (0.08, 1.0))]
@@ -1307,7 +1321,7 @@ def run_finetune(
     train, val = job.load_labelled()
     sets = label_splits(train, shots, fraction, splits, lists, given.get("seed", 0))
     name = recipe or ("shapes" if job.data == "shapes" else "mae")
-    s = given_settings(given, train.subset(sets[0]), job.data, name, job.encoder)
+    s = given_settings(given, train.subset(min(sets, key=len)), job.data, name, job.encoder)
     settings = dict(recipe=name, fraction=fraction, shots=shots, splits=splits, lists=lists) | dataclasses.asdict(s)
     run = job.open_run(settings, s.clip_grad)
     learn = partial(finetune, job.encoder, val=val, s=s)
@@ -1785,7 +1799,10 @@ def run_invariance(
     """Effective invariance of a classifier to rotations and to changes of colour (MAE-CT Table 6), on the validation
     images."""
     train, val = load_splits(job.data)
-    return invariance(job.load_classifier(classifier), val or train, job.machine, all_classes)
+    loaded = job.load_classifier(classifier)
+    same = classifier or loaded.classes == list(train.classes)
+    need(same, f"probe.pt tells other classes than those of --data {job.data}: give --classifier FILE")
+    return invariance(loaded, val or train, job.machine, all_classes)
 
 
 def histograms(x):
@@ -2357,18 +2374,18 @@ def segment(encoder, train, val, run, epochs=50, batch=16, lrs=SEGMENT_LRS):
         training.log(means)
         training.save_if_due()
     probes.eval()
-    by_lr = mean_iou(pixel_confusion(logits, val, AnnotatedCrop(size), machine)).tolist()
+    by_lr = mean_iou(pixel_confusion(logits, val, AnnotatedCrop(size), machine, len(lrs))).tolist()
     best = int(np.argmax(by_lr))
     result = dict(miou=by_lr[best], lr=lrs[best], miou_by_lr=dict(zip(lrs, by_lr)), blocks=blocks)
     return result, lambda x: logits(x, x.shape[2:])[best].argmax(-1)
 
 
 @torch.no_grad()
-def pixel_confusion(logits, val, crop, machine, batch=16):
+def pixel_confusion(logits, val, crop, machine, probes=1, batch=16):
     """Counts of all pixels of `val` (Annotated): [P, classes, predicted classes]; logits: (x [n, 3, h, w], (H, W) of the label
-    maps) → [P, n, H, W, C] of P classifiers; crop: makes x and the label maps, alike in size if batch is not 1."""
+    maps) → [P, n, H, W, C] of P probes; crop: makes x and the label maps, alike in size if batch is not 1."""
     classes = len(val.classes)
-    confusion = torch.zeros(1, classes**2, dtype=torch.long, device=machine.device)
+    confusion = torch.zeros(probes, classes**2, dtype=torch.long, device=machine.device)
     mine = [(0, part) for part in torch.arange(rank(), len(val), world()).split(batch) if len(part)]
     stream = annotated_batches(val, mine, crop, machine)
     for (_, part), (x, labels) in zip(mine, progress(stream, len(mine), "batches segmented")):
@@ -2513,7 +2530,7 @@ def upernet(encoder, train, val, run, s, size, relative=True):
 
     Maps of blocks 4, 6, 8 and 12 of 12; linear warm-up, then linear to 0; cross-entropy of the head and 0.4 of the auxiliary
     one; dropout of 0.1 of their channels. Tested on whole images in windows. As in mmsegmentation, but without [CLS] (see
-    `Pyramid`) and without a learned scale of the residual branches.
+    `Pyramid`), a learned scale of the residual branches, and a decay of the relative positions' rate and weights.
 
     Args:
         encoder: a ViT, of which a copy is tuned; train, val: Annotated; s: FineTuning; size: of crops and windows; relative:
@@ -2675,7 +2692,7 @@ def load_objects(data, split):
             number, image, category = o["id"], o["image_id"], o["category_id"]
             listed = image in known and category in label
             need(listed, f"{path}: annotation {number} has image {image}, category {category}: one of them is not listed there")
-            if min(o["bbox"][2:]) > 0 and o["segmentation"]:
+            if min(o["bbox"][2:]) > 0 and any(o["segmentation"]):
                 own = dict(label=label[category], area=o["area"], iscrowd=o.get("iscrowd", 0))
                 known[image]["objects"].append(o | own)
             else:
@@ -2983,7 +3000,7 @@ class Detector(MaskRCNN):
         """The pyramid's maps → ({name: map [n, width, h, w]} of five, the last half as fine as the fourth; a list of those on
         which proposals are made)."""
         levels = self.backbone({str(i): scale(m) for i, (scale, m) in enumerate(zip(self.scales, maps))})
-        return levels, self.rpn.convolutions(levels.values())
+        return levels, [promote(m) for m in self.rpn.convolutions(levels.values())]  # whose type the anchors take
 
     def propose(self, maps, targets=None):
         """torchvision's proposals [P, 4] of each image, and with targets its losses."""
@@ -3029,8 +3046,10 @@ class Detector(MaskRCNN):
         proposals, _ = self.propose(maps)
         found, _ = self.roi_heads(levels, proposals, [self.size] * len(x))
         for one, (height, width) in zip(found, sizes):
-            boxes = one["boxes"] * max(height, width) / self.size[0]
-            one["boxes"] = clip_boxes_to_image(boxes, (height, width))
+            seen = [max(1, round(side * self.size[0] / max(height, width))) for side in (height, width)]
+            boxes = clip_boxes_to_image(resize_boxes(one["boxes"], seen, (height, width)), (height, width))
+            kept = remove_small_boxes(boxes, 1e-2)  # in the gray nothing is left of them
+            one |= {name: value[kept] for name, value in (one | dict(boxes=boxes)).items()}
             one["masks"] = roi_heads.paste_masks_in_image(one["masks"].float(), one["boxes"], (height, width))[:, 0] > 0.5
         return found
 
