@@ -198,7 +198,7 @@ FINETUNE = "--finetune_epochs 2 --finetune_batch 8"
 TINY = {
     mae_ct: f"{MODEL} {MAE} {HEADS} --frozen 2",
     mim_refiner: f"{MODEL} {MAE} {HEADS} --heads 2 --warmup_epochs 1 --local_views 2 --local_size 8 --knn_every 1",
-    can: f"{MODEL} --epochs 3 --warmup_epochs 1 --lr 1e-3 --projector_hidden 16 --projector_dim 8",
+    can: f"{MODEL} --epochs 3 --warmup_epochs 1 --lr 1e-3 --weight_decay 0.1 --projector_hidden 16 --projector_dim 8",
     cmae: f"{MODEL} {FINETUNE} --epochs 3 --warmup_epochs 1 --shift 4 --head_hidden 16 --head_dim 8",
     vicmae: f"{MODEL} --epochs 3 --warmup_epochs 1 --contrast_from 1 --methods mae,vicmae",
 }
@@ -1509,6 +1509,7 @@ def test_continuous_sampling_keeps_within_the_gap(length, gap):
     farthest = min(gap, length - 1)
     assert set(first.tolist()) == set(range(max(1, length - gap))) and second.max() == length - 1
     assert set((second - first).tolist()) == set(range(min(1, farthest), farthest + 1))
+    assert common.sample_frames(torch.ones(1, 2), length, gap).max() == length - 1  # what float32 may make of 0.99999999
 
 
 def test_views_of_a_video_are_cut_from_two_frames(tmp_path):
@@ -1529,7 +1530,7 @@ def test_views_of_a_video_are_cut_from_two_frames(tmp_path):
             assert torch.equal(common.to_uint8(stills.open(i)), pixels[5, frame])
 
 
-def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch):
+def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch, capsys):
     data, train = str(tmp_path), tmp_path / "train"
     for c in "ab":
         write_clips(train / c, pictures(5, 20, 20)[None])
@@ -1537,7 +1538,13 @@ def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch):
     videos = common.load_videos(data, "train", labels=True, gap=3)
     assert [videos.name(i) for i in range(3)] == [f"{train}/{v}" for v in ("a/000", "b/000", "b/000.png")]
     assert videos.labels.tolist() == [0, 1, 1] and videos.classes == ["a", "b"] and videos.gap == 3
+    for hidden in ("._000001.png", ".DS_Store"):
+        (train / "b/000" / hidden).touch()
     assert [videos.open_clip(i).length for i in range(3)] == [5, 5, 1]
+    (train / "b/film.ts").touch()
+    capsys.readouterr()
+    common.load_videos(data, "train")
+    assert "2 folders of frames, 0 video files, 1 still images, 2 classes, 1 .ts ignored\n" in capsys.readouterr().out
     tree = common.load_videos(str(train), "train")  # without train/: each folder of images is a video
     assert [tree.name(i) for i in range(len(tree))] == [f"{train}/{v}" for v in ("a/000", "b", "b/000")]
     with pytest.raises(InputError, match="labels are needed"):
@@ -1825,6 +1832,15 @@ def test_mae_ct_variants_have_their_settings(flags, values):
     expect(mae_ct, flags, values)
 
 
+def test_the_head_of_combined_pretraining_has_its_own_weight_decay(folders, tmp_path):
+    flags = "--stages combined --mae_epochs 1 --weight_decay 0.2 --head_weight_decay 0.3 --mae_lr 0.1 --mae_warmup_epochs 0"
+    training = recorded(mae_ct, folders / "flat", tmp_path, flags)["combined"]
+    decays = {p: group["weight_decay"] for group in training.state["optimizer"].param_groups for p in group["params"]}
+    for name, decay in (("encoder", 0.2), ("decoder", 0.2), ("head", 0.3)):
+        matrices = [p for key, p in training.state[name].named_parameters() if p.ndim == 2 and p.requires_grad]
+        assert {decays[p] for p in matrices} == {decay}, name
+
+
 ALGORITHM_1 = """--mae_views 2 --pool mean --frozen 1 --temperature 0.2 --projector_ema 0.7 --head_lr 2e-2 --ct_head_lr 2e-2
     --lr 1e-2"""
 
@@ -2002,8 +2018,8 @@ def test_mim_refiner_settings_are_those_of_table_10(flags, row):
     "program, flags, values",
     [
         (mae_ct, "", "--mae_views 2 --mae_epochs 800 --mae_batch 1024 --mae_lr 3e-4"),
-        (mae_ct, "--mae_views 1", "--mae_epochs 1600 --mae_batch 4096 --mae_lr 3e-4"),
         (mae_ct, "--aug --model vit_h16", "--mae_batch 512 --k 20 --temperature 0.35"),
+        (mae_ct, "--aug --model vit_h16 --mae_views 1", "--mae_batch 4096 --mae_epochs 1600 --k 20 --mae_lr 1.5e-4"),
         (mae_ct, "--aug", "--k 10 --mae_lr 3e-4"),
         (mim_refiner, "", "--authors_head --authors_loss --authors_pairs"),
         (can, "", "--mask_ratio 0.75 --sigma_max 0.1 --strength 0.5 --scale_min 0.2 --lambda_infonce 0.03 --lam 0.7"),
@@ -2269,6 +2285,13 @@ def test_can_settings_are_those_of_tables_6_to_9(flags, values):
         assert recipe(can, flags).views == 2
 
 
+def test_maes_own_rates_are_not_cans():
+    fault = "MAE has a --lr and --weight_decay of its own .*run it alone, or give both"
+    for flags in ("--methods can,mae", "--methods mae,simclr --lr 1e-3"):
+        input_error(fault, recipe, can, flags)
+    assert recipe(can, "--methods can,mae --lr 1e-3 --weight_decay 0.1").methods == "can,mae"
+
+
 def test_flags_win_over_a_methods_own_row():
     s = recipe(can, "--methods simclr --mask_ratio 0.25")  # Figure 6
     assert (s.mask_ratio, s.lambda_infonce, s.sigma_max) == (0.25, 1, 0)
@@ -2385,6 +2408,7 @@ def test_level_embedding_is_sinusoids_and_an_mlp():
     angles = 1000 * sigma[:, None] / 0.05 / 10000 ** (torch.arange(4).double() / 4)
     assert [m.weight.shape for m in level.mlp[::2]] == [(8, 8), (8, 8)]
     assert_equal(level(sigma), plain_level(level, angles))
+    assert can.LevelEmbedding(392, 0.05)(torch.zeros(1)).shape == (1, 392)  # of which arange's rounding would make 394
 
 
 def test_the_level_reaches_every_token_mask_tokens_included():
@@ -3332,6 +3356,15 @@ def test_a_tuned_classifier_is_read_again_with_its_accuracy(tmp_path):
     assert_equal(classifier(x.float()), classifier.double().head(reference.forward_features(x)[:, 0]), 1e-5)
 
 
+def test_post_norm_encoders_are_fine_tuned_under_a_norm_that_learns():
+    s = protocols.FineTuning(epochs=1, batch=4, lr=1e-2, drop_path=0, mixup=0, cutmix=0)
+    _, classifier = protocols.finetune(vit(post_norm=True).float(), coloured(8), coloured(4), Run(CPU), s)
+    x = normal(2, 3, 32, 32).float()
+    cls = F.layer_norm(classifier.encoder(x)[:, 0], (32,), classifier.norm.weight, classifier.norm.bias, 1e-6)
+    assert error(classifier(x), cls @ classifier.head.weight.T + classifier.head.bias) < 1e-5
+    assert classifier.norm.weight.ne(1).all()
+
+
 def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp_path):
     job = protocols.Job(vit().float(), tmp_path / "encoder.pt", str(folders / "labelled"), CPU, "finetune")
     names = ["a/000.png", "a/003.png", "b/001.png", "b/007.png"]
@@ -3347,6 +3380,9 @@ def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp
     assert other.files.tolist() != again.files.tolist()
     assert ["/".join(listed.name(i).split("/")[-2:]) for i in range(4)] == names
     assert share.labels.tolist() == [0, 0, 1, 1] and share.files.tolist() != other.files.tolist()
+    (tmp_path / "short.txt").write_text("\n".join(names[1:3]))
+    result = protocols.run_finetune(job, epochs=1, lists=[tmp_path / "list.txt", tmp_path / "short.txt"])
+    assert result["settings"]["batch"] == 2 and len(result["by_split"]) == 2  # at most the smallest set
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -3585,13 +3621,15 @@ def test_lowshot_is_the_mean_over_splits_of_classifiers_on_rows_of_mean_0_and_le
     assert protocols.lowshot(x, y, test_x, test_y, splits[:1], recipe="can")["lowshot"] > 40  # chance is 17
 
 
-def test_labels_are_drawn_by_class_and_by_key():
+def test_labels_are_drawn_by_class_and_by_key(capsys):
     y, draw = torch.arange(30) % 3, common.draw_per_class
     index = draw(y, "key", 4)
     assert torch.bincount(y[index]).tolist() == [4, 4, 4] and index.tolist() == sorted(set(index.tolist()))
     assert torch.equal(index, draw(y, "key", 4)) and not torch.equal(index, draw(y, "other", 4))
     assert sorted([*index, *draw(y, "key", skip=4)]) == list(range(30))
     assert torch.bincount(y[draw(y, "key", fraction=0.31)]).tolist() == [3, 3, 3]
+    assert torch.bincount(y[draw(y[:10], "key", 4)]).tolist() == [4, 3, 3]  # all of a smaller class, which is said
+    assert "2 of 3 classes have fewer than 4 images: all of theirs are taken" in capsys.readouterr().out
 
 
 def test_lists_name_files_or_the_ends_of_paths(folders):
@@ -3763,14 +3801,14 @@ def test_effective_invariance_is_the_mean_over_torchvisions_changes(job, all_cla
         assert found[kind] == pytest.approx(np.mean(values), abs=2e-3) and min(values) == 0 < max(values) < 1
 
 
-STANDARDISED = common.BatchNorm(32, affine=False)
+NORMS = common.BatchNorm(32, affine=False), nn.LayerNorm(32, 1e-6)
 
 
-@pytest.mark.parametrize("how", [{}, dict(norm=STANDARDISED), dict(blocks=[1, 3], pool="both")])
+@pytest.mark.parametrize("how", [{}, *(dict(norm=norm) for norm in NORMS), dict(blocks=[1, 3], pool="both")])
 def test_classifiers_come_back_from_their_files(how):
     classifier, x = tiny_classifier(vit(pool="mean").float(), list("abcd"), **how), normal(2, 3, 32, 32).float()
-    for buffer in classifier.norm.buffers():
-        buffer += 0.1
+    for value in (*classifier.norm.parameters(), *classifier.norm.buffers()):
+        value += 0.1
     classifier.save("probe.pt")
     again = protocols.load_classifier("probe.pt")
     assert error(again(x), classifier(x)) < 1e-6 and again.classes == list("abcd")
@@ -4356,6 +4394,11 @@ def test_image_and_label_map_are_cut_and_flipped_alike():
     assert torch.equal(image, tv.pil_to_tensor(expected))
 
 
+def test_a_process_without_images_counts_no_pixel_of_any_probe():
+    counts = protocols.pixel_confusion(None, reds(3).subset(torch.arange(0)), protocols.AnnotatedCrop(24), CPU, probes=9)
+    assert counts.shape == (9, 3, 3) and not counts.any()
+
+
 def test_label_maps_have_vocs_colours():
     known = {0: "000000", 1: "800000", 2: "008000", 3: "808000", 8: "400000", 15: "c08080", 20: "004080"}
     colours = protocols.map_colours(torch.tensor(list(known)).view(1, 1, -1))  # [1, 3, 1, 7]
@@ -4605,6 +4648,7 @@ def coco(tmp_path):
             dict(known, id=2, category_id=7, bbox=[0, 0, 0, 9], area=0, segmentation=[[0, 0, 0, 9, 0, 4]]),
             dict(image_id=11, id=3, category_id=3, iscrowd=1, bbox=[0, 0, 60, 40], area=343,
                  segmentation=dict(counts=crowd, size=[40, 60])),
+            dict(known, id=4, category_id=7, bbox=[0, 0, 9, 9], area=9, segmentation=[[]]),
         ],
     )  # fmt: skip
     return tmp_path, content
@@ -4624,7 +4668,7 @@ def load_coco(folder, content):
 def test_objects_of_cocos_layout_are_those_of_its_api(coco, capsys):
     path, images = load_coco(*coco)
     told = capsys.readouterr().out
-    assert "2 images, 1 without objects, 2 objects, 3 classes" in told and "annotations 2 (1)" in told
+    assert "2 images, 1 without objects, 2 objects, 3 classes" in told and "annotations 2, 4 (2)" in told
     assert images.classes == ["a", "b", "c"] and len(images) == 2
     with contextlib.redirect_stdout(io.StringIO()):
         api = COCO(path)
@@ -4831,12 +4875,25 @@ def test_detections_are_of_the_original_images_pixels():
     model = detector().eval()
     found = dict(labels=torch.tensor([1, 1]), scores=torch.tensor([0.9, 0.8]), masks=torch.ones(2, 1, 28, 28))
     found["boxes"] = torch.tensor([[4.0, 8, 12, 20], [8, 0, 32, 16]])  # the second reaches beyond the image
-    with mock.patch.object(model.roi_heads, "forward", lambda *_: ([found], {})):
+    with mock.patch.object(model.roi_heads, "forward", lambda *_: ([found.copy()], {})):
         [result] = model.detect(torch.zeros(1, 3, 32, 32), [(64, 40)])
     assert result["boxes"].tolist() == [[8, 16, 24, 40], [16, 0, 40, 32]]
     mask, expected = result["masks"][0], torch.zeros(64, 40)
     expected[16:40, 8:24] = 1
+    found["boxes"] = torch.tensor([[21.0, 0, 32, 9], [0, 0, 21, 32]])
+    with mock.patch.object(model.roi_heads, "forward", lambda *_: ([found.copy()], {})):
+        [wide] = model.detect(torch.zeros(1, 3, 32, 32), [(48, 31)])  # which was seen as 32 x 21, with gray on its right
+    assert [wide[name].tolist() for name in ("boxes", "scores")] == [[[0, 0, 31, 48]], [found["scores"][1].item()]]
     assert mask[18:38, 10:22].all() and F.max_pool2d(expected[None], 5, 1, 2)[0][mask].all()  # but for the edge
+
+
+@pytest.mark.parametrize("pyramid", ["four", "last"])
+def test_anchors_are_float32_whatever_the_maps_are(pyramid):
+    model, seen = detector(pyramid).float().eval(), []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, inputs, anchors: seen.extend(anchors))
+    with common.autocast(CPU.device, torch.bfloat16):
+        model.detect(normal(1, 3, 32, 32).float(), [(32, 32)])
+    assert [anchors.dtype for anchors in seen] == [torch.float32]
 
 
 @pytest.mark.parametrize("kind, millions", [("patch", 163.6), ("conv", 153.4), ("four", 116.3), ("last", 111)])
@@ -5352,6 +5409,15 @@ def test_what_is_written_says_how_it_was_made(folders, monkeypatch):
 LIST = "c0/000.png\r\nc1/é.png\r\n"
 
 
+def test_a_protocol_is_not_resumed_with_other_weights(tmp_path):
+    job = protocols.Job(vit().float().requires_grad_(False), tmp_path / "encoder.pt", "", CPU, "probe")
+    job.open_run({})
+    job.resume = True
+    assert job.open_run({}).folder == tmp_path / "probe.run"
+    job.encoder.norm.weight[3] += 1e-6
+    input_error("holds no run of this data, encoder and settings", job.open_run, {})
+
+
 def test_a_resume_that_is_refused_deletes_nothing(small_copy):
     Path("out/finetune.run").mkdir(parents=True)
     Path("out/finetune.run/log.jsonl").write_text("kept")
@@ -5399,7 +5465,7 @@ def test_avi_files_are_warned_of(tmp_path, capsys):
         common.load_videos(str(tmp_path), "train")
     with mock.patch.object(common, "need_torchcodec"):
         common.load_videos(str(tmp_path), "train")
-    assert "ffmpeg -fflags +genpts -i x.avi -c copy x.mkv" in capsys.readouterr().out
+    assert "ffmpeg -i x.avi -fps_mode passthrough -c:v libx264 x.mp4" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
@@ -6853,7 +6919,8 @@ BAD = {
         --frozen 6                          --frozen 6: vit_nano8 has 6 blocks
         --k 33                              --k 33: expected
         --batch 16 --queue 8                --batch 16 is larger than the queue of 8
-        --head_epochs 0.1                   0.1 epochs of 2 steps are not one step
+        --head_epochs 0.1 --warmup_epochs 0  0.1 epochs of 2 steps are not one step
+        --head_epochs 0.5                   --warmup_epochs 1 outlasts --head_epochs 0.5
         --epochs 0.1 --warmup_epochs 0      0.1 epochs of 2 steps are not one step
         --mae_batch 64                      --mae_batch 64 is larger
         --init post.pt                      post.pt: its blocks are post-norm, those of the model pre-norm
@@ -6910,7 +6977,7 @@ BAD = {
         probe --batch 17                                  batch 17 is larger
         probe --recipe dinov2 --both                      leave out --last, --both
         lowshot --lists empty.txt                         empty.txt: the list is empty
-        lowshot --shots 9                                 9 images a class are wanted, but class 0 has 8
+        lowshot --shots 9                                 9 images a class are wanted, but no class has as many
         finetune --blocks 7                               --blocks 7: expected 0 to 6
         finetune --magnitude 11                           --magnitude 11.0: expected 0 to 10
         finetune --batch 5                                --batch 5: Mixup and CutMix pair images
