@@ -949,15 +949,15 @@ class Machine:
     device: torch.device
     precision: torch.dtype = torch.float32  # of autocast
     workers: int = 0  # decoding processes of this rank
-    unreadable: dict = field(default_factory=dict)  # files that were passed over: {name: how often}
+    unreadable: dict = field(default_factory=collections.Counter)  # files that were passed over: {name: how often}
 
 
 def start_machine(precision="auto", workers=-1):
     """Joins torchrun's processes and returns this one's Machine, for the flags --precision and --workers."""
     device = start_processes()
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if workers < 0:
-        workers = min(max(cores, 1), 12)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # the latter: not on Linux
+        workers = min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 12)
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
     print0(f"{device_name(device)}; processes: {world()}; precision: {precision}; workers: {workers}")
@@ -996,7 +996,9 @@ def start_processes():
     need(not missing, f"WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, or unset WORLD_SIZE")
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        need(number < count, f"--nproc_per_node: there are {count} GPUs here, one for each process")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -1024,6 +1026,16 @@ def print0(*args, **kwargs):
     """print, on rank 0 only."""
     if rank() == 0:
         print(*args, **kwargs, flush=True)
+
+
+def need_alike(found):
+    """An error unless all processes have found the same under every name; nodes may have data and command lines of their own."""
+    of_ranks = [found]
+    if world() > 1:
+        of_ranks *= world()
+        dist.all_gather_object(of_ranks, found)
+    odd = [name for name in of_ranks[0] if any(other.get(name) != of_ranks[0][name] for other in of_ranks)]
+    need(not odd, f"processes differ in {', '.join(odd)}: give all nodes the same command and data")
 
 
 def gather(x):
@@ -1362,8 +1374,6 @@ def load_folder(data, split, labels):
     folder = split_folder(data, split, labels)
     listed = Path(f"{folder}.txt")
     has_split = folder != Path(data)
-    need(has_split or split == "val" or split_folder(data, "val") == folder,
-         f"--data {data}: there are images to evaluate on, but no train/")  # fmt: skip
     ignored = collections.Counter()
     print0(f"looking for images in {folder}")
     files = find_files(folder, SUFFIXES, ignored)
@@ -1379,6 +1389,7 @@ def load_folder(data, split, labels):
                                 f"there is no {listed} with a line NAME CLASS for each image")  # fmt: skip
     said = f"{len(classes)} classes" if classes else f"no labels: {loose} lies in no class folder"
     print0(f"{folder}: {len(files)} images, {said}{told(ignored)}")
+    need_alike({f"the images of {split}": (len(files), classes)})
     return Images(numbers, classes, files=file_names(files))
 
 
@@ -1390,6 +1401,8 @@ def split_folder(data, split, labels=False):
         if folder.is_dir():
             return folder
     need(not labels, f"--data {data}: labels are needed, but there is no {split}/ with one folder per class")
+    if split == "train":
+        need(split_folder(data, "val") == Path(data), f"--data {data}: there is something to evaluate on, but no train/")
     return Path(data)
 
 
@@ -1397,7 +1410,7 @@ def find_files(folder, suffixes, ignored=None):
     """The paths of all files below a folder, sorted, whose name ends in one of the suffixes, in any case. Hidden files and
     folders (.DS_Store, ._1.jpg) do not count, links that lead back are not followed; `ignored` counts other suffixes."""
     files, wanted = [], tuple(suffixes)
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=unlisted, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".") and not leads_back(os.path.join(path, f))]
         inside = os.path.join(path, "")
         for name in names:  # a million of them: nothing here that takes long
@@ -1408,6 +1421,11 @@ def find_files(folder, suffixes, ignored=None):
             elif ignored is not None:
                 ignored[suffix_of(name)] += 1
     return sorted(files)
+
+
+def unlisted(e):
+    """os.walk's complaint."""
+    raise InputError(f"{e.filename} cannot be listed ({e.strerror})") from e
 
 
 def suffix_of(file):
@@ -1452,9 +1470,8 @@ def listed_labels(files, path):
 
 def numbered(of_file):
     """(numbers [N], names in order) of names."""
-    classes = sorted(set(of_file))
-    number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[name] for name in of_file]), classes
+    classes, numbers = np.unique(of_file, return_inverse=True)
+    return torch.from_numpy(numbers), classes.tolist()
 
 
 def read_lines(path):
@@ -1676,6 +1693,7 @@ def load_videos(data, split, labels=False, gap=-1):
     kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
     said = f"{len(classes)} classes" if classes else "no labels"
     print0(f"{folder}: {kinds}, {said}{told(ignored - collections.Counter(suffix_of(f) for f in images))}")
+    need_alike({f"the videos of {split}": (len(files), classes)})
     return Videos(number, classes, files=file_names(files), gap=gap)
 
 
@@ -1857,7 +1875,7 @@ def decode(images, order, cut, machine):
             for name, why in bad:
                 if name not in machine.unreadable:
                     print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
-                machine.unreadable[name] = machine.unreadable.get(name, 0) + 1
+                machine.unreadable[name] += 1
             parts.append([v if isinstance(v, list) else v.to(device, non_blocking=True) for v in (*views, index)])
         *views, index = map(joined, zip(*parts))
         yield views, index
@@ -1888,7 +1906,7 @@ def watched(loader):
         if "worker" not in str(e):
             raise
         raise InputError(
-            f"a decoding process ended ({str(e).splitlines()[0]}): for too little memory choose fewer --workers, or "
+            f"a decoding process ended ({str(e).splitlines()[-1]}): for too little memory choose fewer --workers, or "
             "--workers 0; in a container give more shared memory (docker run --shm-size 16g)"
         ) from e
 
@@ -2405,6 +2423,7 @@ def open_run(settings, machine, command=None):
     `command`: the words of the command line that resumes it, if not this program with --out and --resume."""
     if settings.tensorboard:
         summary_writer()
+    need_alike({name: value for name, value in vars(settings).items() if name not in FREE_ON_RESUME})
     folder = [str(make_folder(settings))] if rank() == 0 else [""]
     if world() > 1:
         dist.broadcast_object_list(folder, device=machine.device)
@@ -2747,7 +2766,7 @@ class Training:
         every = self.run.settings.save_every or self.per_epoch
         if self.stop or done % every == 0 or done == self.total:
             self.run.write_checkpoint(self.stage, done, self.state, self.count)
-        if self.stop and done < self.total:
+        if self.stop:
             print0(f"\nstopped after step {done} of {self.total} ({self.stage}); {self.run.how_to_resume()}")
             raise SystemExit(0)
 
@@ -3145,8 +3164,9 @@ def load_file(path):
             f"{path} holds more than tensors and plain values; loading it could run code\n"
             "If you trust it, strip it once:\n"
             f"    import torch; content = torch.load({str(path)!r}, weights_only=False)\n"
-            f"    state = content.state_dict() if hasattr(content, 'state_dict') else content.get('model', content)\n"
-            f"    torch.save({{'model': dict(state)}}, 'stripped.pt')"
+            "    content = content if isinstance(content, dict) else {'model': content}\n"
+            "    state = next((content[k] for k in ('teacher', 'model', 'state_dict') if k in content), content)\n"
+            "    torch.save({'model': state.state_dict() if hasattr(state, 'state_dict') else dict(state)}, 'stripped.pt')"
         ) from e
 
 

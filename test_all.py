@@ -1549,6 +1549,10 @@ def test_videos_are_frame_folders_files_and_stills(tmp_path, monkeypatch, capsys
     assert [tree.name(i) for i in range(len(tree))] == [f"{train}/{v}" for v in ("a/000", "b", "b/000")]
     with pytest.raises(InputError, match="labels are needed"):
         common.load_videos(str(train), "train", labels=True)
+    os.rename(train, tmp_path / "val")
+    with pytest.raises(InputError, match="something to evaluate on, but no train/"):
+        common.load_videos(data, "train")
+    os.rename(tmp_path / "val", train)
     (train / "a/film.mp4").touch()
     monkeypatch.setitem(sys.modules, "torchcodec", None)  # as if it were not installed
     with pytest.raises(InputError, match="1 video files such as .*film.mp4 need torchcodec and FFmpeg.*ffmpeg -i"):
@@ -5454,6 +5458,30 @@ def test_names_that_are_no_text_and_an_ascii_terminal(small_copy, flags):
     assert rb"\udcff.png" in done.stderr and rb"\xe9.png" in done.stderr and b"Traceback" not in done.stderr
 
 
+def test_processes_that_found_different_things_are_named():
+    """Two nodes may have commands and data of their own."""
+    others = [dict(lr=0.1, images=(3, ["a"])), dict(lr=0.1, images=(3, ["b"]))]
+
+    def all_gather(of_ranks, found):
+        of_ranks[:] = [found, found, others.pop()]
+
+    with mock.patch.object(common, "world", lambda: 3), mock.patch.object(common.dist, "all_gather_object", all_gather):
+        input_error("processes differ in images: give all nodes the same", common.need_alike, others[0])
+        common.need_alike(others[0])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(small_copy):
+    with mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied", "d/train/c1")):
+        input_error(r"d/train/c1 cannot be listed \(Permission denied\)", common.load_images, "d", "train")
+
+
+def test_what_ended_a_worker_is_told():
+    for text in ("DataLoader worker (pid 7) is killed by signal: Killed.", "Caught RuntimeError in worker 0.\nbus error"):
+        loader = mock.MagicMock()
+        loader.__iter__.side_effect = RuntimeError(text)
+        input_error(re.escape(f"a decoding process ended ({text.splitlines()[-1]})"), list, common.watched(loader))
+
+
 def test_half_a_torchrun_is_named(monkeypatch, small_copy):
     monkeypatch.setenv("WORLD_SIZE", "2")
     input_error("WORLD_SIZE is set, but RANK", quick, "can")
@@ -5940,14 +5968,14 @@ def test_a_run_told_to_end_in_every_stage_ends_with_the_same_bits(folders, whole
     """After the step in progress, with a checkpoint and exit status 0."""
     stages, out = WHOLE[name].stages.split(), Path("run")
     for number, stage in enumerate(stages):
-        told = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        with before_step(2, partial(os.kill, os.getpid(), told), stage), pytest.raises(SystemExit) as end:
+        told, step = ((signal.SIGTERM, 2), (signal.SIGINT, 5))[number % 2]  # the latter is the stage's last one
+        with before_step(step, partial(os.kill, os.getpid(), told), stage), pytest.raises(SystemExit) as end:
             if number == 0:
                 run_whole(name, folders, out)
             main("--out", out, "--resume", program=WHOLE[name].program)
         checkpoint = torch.load(out / "last.pt")
-        assert end.value.code == 0 and (checkpoint["stage"], checkpoint["step"]) == (stage, 3)
-        assert len(log_of(out)) == 6 * number + 3
+        assert end.value.code == 0 and (checkpoint["stage"], checkpoint["step"]) == (stage, step + 1)
+        assert len(log_of(out)) == 6 * number + step + 1
     main("--out", out, "--resume", program=WHOLE[name].program)
     same_run(out, whole_run(name))
 
@@ -6425,12 +6453,14 @@ def test_weights_that_do_not_fit_are_named_with_their_shapes():
 
 
 def test_a_file_with_objects_is_refused_and_the_advice_helps():
-    for content in (nano(), dict(model=nano().state_dict(), cfg=Fraction(1, 2))):
+    weights, other = nano().state_dict(), dict(cfg=Fraction(1, 2))
+    inside = [dict(model=weights), dict(model=nano()), dict(state_dict=weights), dict(teacher=weights, student={})]
+    for content in (nano(), *(held | other for held in inside)):
         torch.save(content, "fairseq.pt")
         said = input_error("fairseq.pt holds more than tensors", common.load_encoder, "fairseq.pt")
         lines = [line.strip() for line in said.splitlines() if line.startswith("    ")]
-        assert len(lines) == 3
-        exec("\n".join(lines))
+        assert len(lines) == 4
+        exec("\n".join(lines), {})
         common.load_encoder("stripped.pt")
         os.remove("stripped.pt")
 
