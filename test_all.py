@@ -107,7 +107,7 @@ def all_equal(found, expected, tolerance=1e-10):
     smallest = tolerance * max([e.abs().max() for e in expected], default=0)
     for a, b in zip(found, expected, strict=True):
         both_zero = a.abs().max() < smallest and b.abs().max() < smallest
-        if not both_zero and error(a, b) >= tolerance:
+        if not both_zero and not error(a, b) < tolerance:  # NaN is equal to nothing
             return False
     return True
 
