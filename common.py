@@ -26,6 +26,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib
@@ -960,6 +961,7 @@ def start_machine(precision="auto", workers=-1):
         workers = min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 12)
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
+    need_alike(dict(precision=precision))
     print0(f"{device_name(device)}; processes: {world()}; precision: {precision}; workers: {workers}")
     return Machine(device, getattr(torch, precision), workers)
 
@@ -1001,7 +1003,8 @@ def start_processes():
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        patience = datetime.timedelta(hours=3)  # while rank 0 downloads or draws
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
     return device
 
 
@@ -1389,7 +1392,7 @@ def load_folder(data, split, labels):
                                 f"there is no {listed} with a line NAME CLASS for each image")  # fmt: skip
     said = f"{len(classes)} classes" if classes else f"no labels: {loose} lies in no class folder"
     print0(f"{folder}: {len(files)} images, {said}{told(ignored)}")
-    need_alike({f"the images of {split}": (len(files), classes)})
+    need_alike({f"the images of {split}": fingerprint(files, folder, numbers, classes)})
     return Images(numbers, classes, files=file_names(files))
 
 
@@ -1423,9 +1426,16 @@ def find_files(folder, suffixes, ignored=None):
     return sorted(files)
 
 
+def fingerprint(files, folder, numbers, *more):
+    """Text that tells sets of files apart: by their names in the folder, a number each [N], and more."""
+    start = len(os.path.join(folder, ""))
+    names = "\0".join(file[start:] for file in files)
+    return hashlib.sha256(repr((names, *more)).encode() + numbers.numpy().tobytes()).hexdigest()
+
+
 def unlisted(e):
-    """os.walk's complaint."""
-    raise InputError(f"{e.filename} cannot be listed ({e.strerror})") from e
+    """os.walk's complaint, but of a folder that is not there."""
+    need(isinstance(e, FileNotFoundError), f"{e.filename} cannot be listed ({e.strerror})")
 
 
 def suffix_of(file):
@@ -1693,7 +1703,7 @@ def load_videos(data, split, labels=False, gap=-1):
     kinds = f"{len(folders)} folders of frames, {len(clips)} video files, {len(stills)} still images"
     said = f"{len(classes)} classes" if classes else "no labels"
     print0(f"{folder}: {kinds}, {said}{told(ignored - collections.Counter(suffix_of(f) for f in images))}")
-    need_alike({f"the videos of {split}": (len(files), classes)})
+    need_alike({f"the videos of {split}": fingerprint(files, folder, number, classes)})
     return Videos(number, classes, files=file_names(files), gap=gap)
 
 
@@ -2423,7 +2433,7 @@ def open_run(settings, machine, command=None):
     `command`: the words of the command line that resumes it, if not this program with --out and --resume."""
     if settings.tensorboard:
         summary_writer()
-    need_alike({name: value for name, value in vars(settings).items() if name not in FREE_ON_RESUME})
+    need_alike({name: value for name, value in vars(settings).items() if name not in ("out", "workers", "tensorboard")})
     folder = [str(make_folder(settings))] if rank() == 0 else [""]
     if world() > 1:
         dist.broadcast_object_list(folder, device=machine.device)
@@ -2583,7 +2593,7 @@ class StopSignals:
 
     def __init__(self, stage, hint):
         self.stage, self.hint = stage, hint
-        self.told = self.waiting = False
+        self.told, self.waiting = 0.0, False  # when it was told first
 
     def __enter__(self):
         reactions = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
@@ -2602,10 +2612,11 @@ class StopSignals:
         return item
 
     def on_signal(self, number, frame):
-        """The first or the second."""
-        if self.told:
+        """The first or the second. Within a second it is the same one, which torchrun or the sender gives to all processes."""
+        now = time.monotonic()
+        if self.told and now - self.told > 1:
             self.end("by a second signal")
-        self.told = True
+        self.told = self.told or now
         signal.setitimer(signal.ITIMER_REAL, 5, 1)
 
     def on_alarm(self, number, frame):
@@ -2691,7 +2702,7 @@ class Training:
                 yield data
         self.run.finish(self.stage)
         if unreadable := self.run.machine.unreadable:
-            print0(f"{len(unreadable)} unreadable files were passed over")
+            print(f"{len(unreadable)} unreadable files were passed over", flush=True)  # by this process
 
     def take_step(self, optimizer, loss, **values):
         """Averages gradients over ranks, clips them and steps; what is not finite is skipped, on all ranks. Ten skipped steps
@@ -2707,7 +2718,7 @@ class Training:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.run.settings.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.settings.clip_grad, norm)
-        stop = torch.tensor(float(self.signals.told))
+        stop = torch.tensor(float(self.signals.told > 0))
         values = dict(loss=loss, grad_norm=norm, stop=stop, **values)
         means = means_over_ranks(values, self.run.machine.device)  # the one wait for the device in a step
         self.stop = means.pop("stop") > 0  # all ranks agree

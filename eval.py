@@ -126,15 +126,15 @@ from torchvision.transforms.v2 import functional as v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import (
-    BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MARKS, MEAN, MOTIONS,
-    Machine, Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, TEXT, Training, ViT, View,
-    Whole, adamw, add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings,
-    check_value, comments, crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names,
-    find_files, gather, launch, load_encoder, load_file, load_images, load_splits, load_state, load_videos, made_by,
-    mae_loss, measured, need, noisy_bytes, open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table,
-    progress, promote, random_masking, rank, read_json, read_lines, resize_positions, save_encoder, save_file,
-    save_picture, set_lr, shuffled, standardise, start_machine, to_bytes, to_json, to_uint8,
-    torchvision_dataset, understanding, uniform, unit, unstandardise, warmup_cosine, world, write_atomic,
+    BatchNorm, BatchSize, Count, Dice, Fraction, FromMinusOne, Images, InputError, MAEDecoder, MARKS, MEAN, MOTIONS, Machine,
+    Number, Parser, Positive, Ratio, Run, RunSettings, SHAPE_NAMES, SUFFIXES, Share, TEXT, Training, ViT, View, Whole, adamw,
+    add_flag, augment, autocast, backward, batches, blank, build_vit, check_batch, check_settings, check_value, comments,
+    crop_box, decode, draw_curves, draw_per_class, draw_rows, file_names, find_files, fingerprint, gather, launch, load_encoder,
+    load_file, load_images, load_splits, load_state, load_videos, made_by, mae_loss, measured, need, need_alike, noisy_bytes,
+    open_run, paint, parameter_groups, patchwork, pixel_centres, print0, print_table, progress, promote, random_masking, rank,
+    read_json, read_lines, resize_positions, save_encoder, save_file, save_picture, set_lr, shuffled, standardise,
+    start_machine, to_bytes, to_json, to_uint8, torchvision_dataset, understanding, uniform, unit, unstandardise, warmup_cosine,
+    world, write_atomic,
 )  # fmt: skip
 
 
@@ -222,6 +222,7 @@ class Job:
         path = folder / "protocol.json"
         weights = sum(torch.hash_tensor(value.cpu()).item() for value in self.encoder.state_dict().values())
         config = dict(data=self.data, encoder=self.encoder.config, weights=weights) | config
+        need_alike(config)
         config = json.dumps(config, default=str)
         if rank() == 0 and self.resume:
             same = path.is_file() and path.read_bytes() == config.encode()
@@ -2278,6 +2279,7 @@ def load_annotated(data, split, classes=150):
     for path in maps:
         need(path.is_file(), f"--data {data}: no label map {path}; every image needs one")
     labels = torch.full((len(files),), -1)
+    need_alike({f"the images of {part}": fingerprint(files, folder, labels)})
     return Annotated(labels, list(range(1, classes + 1)), files=file_names(files), maps=file_names(maps))
 
 
@@ -2701,6 +2703,7 @@ def load_objects(data, split):
         missing = sorted({image["file_name"] for image in known} - set(os.listdir(folder)))
     need(not missing, f"{path}: {len(missing)} of {len(known)} images are not in {folder}: {', '.join(missing[:3])}")
     counts = [len(image["objects"]) for image in known]
+    need_alike({f"the images of {split}": ([image["file_name"] for image in known], counts)})
     print0(f"{path}: {len(known)} images, {counts.count(0)} without objects, {sum(counts)} objects, {len(label)} classes")
     if flat:
         print0(f"left out for want of a size or an outline: annotations {', '.join(flat[:9])} ({len(flat)})")
@@ -3500,8 +3503,8 @@ def main(argv):
         raise
     settings = dict(protocol=protocol) | given | result.pop("settings", {})
     del settings["resume"]
-    if job.machine.unreadable:
-        print0(f"{len(job.machine.unreadable)} unreadable files were passed over: the next ones count twice")
+    if job.machine.unreadable:  # by this process
+        print(f"{len(job.machine.unreadable)} unreadable files were passed over: the next ones count twice", flush=True)
     for name, value in result.items():  # lists and dicts in one line
         print0(f"{name:>16}  {as_text(value)} {unit(name)}".rstrip())
     if rank() == 0:

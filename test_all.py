@@ -5251,7 +5251,8 @@ def test_a_run_that_waits_for_data_can_be_stopped(small_copy, workers, signals):
     begin = time.monotonic()
     for i in range(signals):
         os.kill(child.pid, signal.SIGTERM if i else signal.SIGINT)
-        time.sleep(0.5)
+        os.kill(child.pid, signal.SIGTERM)  # the same signal by another way
+        time.sleep(1.2)
     child.join(60)
     assert child.exitcode == 1
     how = "while it waited for data" if signals == 1 else "by a second signal"
