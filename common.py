@@ -1032,7 +1032,7 @@ def print0(*args, **kwargs):
 
 
 def need_alike(found):
-    """An error unless all processes have found the same under every name; nodes may have data and command lines of their own."""
+    """An error unless all processes have found the same by every name: nodes may have other data and command lines."""
     of_ranks = [found]
     if world() > 1:
         of_ranks *= world()
