@@ -1836,17 +1836,19 @@ def test_mae_ct_variants_have_their_settings(flags, values):
     expect(mae_ct, flags, values)
 
 
-def test_the_head_of_combined_pretraining_has_its_own_weight_decay(folders, tmp_path):
-    flags = "--stages combined --mae_epochs 1 --weight_decay 0.2 --head_weight_decay 0.3 --mae_lr 0.1 --mae_warmup_epochs 0"
-    training = recorded(mae_ct, folders / "flat", tmp_path, flags)["combined"]
-    decays = {p: group["weight_decay"] for group in training.state["optimizer"].param_groups for p in group["params"]}
-    for name, decay in (("encoder", 0.2), ("decoder", 0.2), ("head", 0.3)):
-        matrices = [p for key, p in training.state[name].named_parameters() if p.ndim == 2 and p.requires_grad]
-        assert {decays[p] for p in matrices} == {decay}, name
+def plain_nnclr_loss(g, h, g_m, Q, own, y, index, dice, k, temperature, flags):
+    """Algorithm 1's loss by torch's modules and loops; y, dice: of the two views. Returns it and z of view 0."""
+    p, z, nn_z = [], [], []
+    for v in (0, 1):
+        p.append(F.normalize(h(g(y[v])), dim=1))
+        z.append(F.normalize(g_m(y[v] if "no_nn" in flags and "stop" not in flags else y[v].detach()), dim=1))
+        nn_z.append(z[v] if "no_nn" in flags else plain_lookup(z[v], Q, own, index, dice[v], k))
+    L1, L2 = (F.cross_entropy(nn_z[v] @ p[1 - v].T / temperature, torch.arange(len(index))) for v in (0, 1))
+    return L1 / 2 + L2 / 2, z[0].detach()
 
 
 ALGORITHM_1 = """--mae_views 2 --pool mean --frozen 1 --temperature 0.2 --projector_ema 0.7 --head_lr 2e-2 --ct_head_lr 2e-2
-    --lr 1e-2"""
+    --lr 1e-2 --head_weight_decay 0.1"""
 
 
 @pytest.mark.parametrize(
@@ -1874,7 +1876,7 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
         kept = 2 if "mask" in flags else 4
         nn.ModuleList([f.blocks[1:], f.norm]).requires_grad_(True)
     scale = 8 * 2 / 256  # batch x views / 256
-    optimizer = plain_adamw((f, 1e-2 * scale, 0.05, 0.65), (nn.ModuleList([g, h]), 2e-2 * scale, 1e-5, 1))
+    optimizer = plain_adamw((f, 1e-2 * scale, 0.05, 0.65), (nn.ModuleList([g, h]), 2e-2 * scale, 0.1, 1))
     colours = common.BYOL if "aug" in flags else [None, None]
 
     rows = torch.arange(8)
@@ -1883,17 +1885,14 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
             uniform((0, stage, step, name), rows, 2, *shape).unbind(1)
             for name, shape in (("colour", [13]), ("mask", [4]), ("dice", []))
         )
-        p, z, nn_z = [], [], []
+        y = []
         for v in (0, 1):
             x = common.augment(data.views[v], colours[v], noise[v]).double()
-            y = f(x, masks[v].argsort(1)[:, :kept])[:, 1:].mean(1)
-            p.append(F.normalize(h(g(y)), dim=1))
-            z.append(F.normalize(g_m(y if "no_nn" in flags and "stop" not in flags else y.detach()), dim=1))
-            nn_z.append(z[v] if "no_nn" in flags else plain_lookup(z[v], Q, own, data.index, dice[v], k))
-        L1, L2 = (F.cross_entropy(nn_z[v] @ p[1 - v].T / temperature, rows) for v in (0, 1))
+            y.append(f(x, masks[v].argsort(1)[:, :kept])[:, 1:].mean(1))
+        loss, z = plain_nnclr_loss(g, h, g_m, Q, own, y, data.index, dice, k, temperature, flags)
         cosine = half_cosine(max(0, step - 1.2) / 4.8)  # a fifth of the 6 steps is warm-up
-        plain_step(optimizer, L1 / 2 + L2 / 2, min(cosine, (step + 1) / 1.2))
-        Q = torch.cat([Q[8:], z[0].detach()])
+        plain_step(optimizer, loss, min(cosine, (step + 1) / 1.2))
+        Q = torch.cat([Q[8:], z])
         own = torch.cat([own[8:], data.index])
         plain_ema(f_m, f, 0.9)
         plain_ema(g_m, g, projector_ema)
@@ -1912,6 +1911,49 @@ def test_the_loop_is_algorithm_1(folders, tmp_path, stage, flags):
     assert all(torch.equal(written[name], v) for name, v in after["ema"].state_dict().items())
     lr = max(entry["lr"] for entry in log_of(tmp_path) if entry["stage"] == "mae")
     assert lr == pytest.approx(1.5e-4 * 8 / 256)  # the views do not count
+
+
+COMBINED = """--stages combined,head --pool mean --mask_ratio 0.5 --combined_weight 0.5 --head_temperature 0.3 --mae_lr 1e-2
+    --weight_decay 0.2 --head_weight_decay 0.3"""
+
+
+@pytest.mark.parametrize("flags", ["--detach", "--no_nn_lookup", "--no_nn_lookup --stop_gradient --no_norm_pix"])
+def test_combined_pretraining_is_section_4_5(folders, tmp_path, flags):
+    stages = contrastive_stages(mae_ct, "--data", folders / "flat", "--out", tmp_path, f"{COMBINED} {flags}")
+    before, after = stages["combined"]
+    f, d, head = before["encoder"], before["decoder"], before["head"]
+    g, h, g_m = heads = [plain_head(layers) for layers in (head.g, head.h, head.g_m)]
+    g_m.requires_grad_(False)
+    Q, own = head.Q.embeddings, head.Q.indices
+    lr, rows = 1e-2 * 8 / 256, torch.arange(8)
+    optimizer = plain_adamw((nn.ModuleList([f, d]), lr, 0.2, 1), (nn.ModuleList([g, h]), lr, 0.3, 1))
+    losses = []
+    for step, data in six_batches(folders, [View(16)] * 2):
+        masks, dice = (
+            uniform((0, "combined", step, name), rows, 2, *shape).unbind(1) for name, shape in (("mask", [4]), ("dice", []))
+        )
+        y, L_mae = [], 0
+        for view, noise in zip(data.views, masks):
+            x = common.augment(view).double()
+            ids, restore, mask = common.random_masking(noise, 0.5)
+            tokens = f(x, ids)
+            y.append((tokens.detach() if "detach" in flags else tokens)[:, 1:].mean(1))
+            L_mae = L_mae + common.mae_loss(d(tokens, restore), x, mask, "no_norm" not in flags).mean() / 2
+        L_nnclr, z = plain_nnclr_loss(*heads, Q, own, y, data.index, dice, 1, 0.3, flags)
+        losses.append(L_nnclr.item())
+        cosine = half_cosine(max(0, step - 2) / 4)  # 2 steps of warm-up
+        plain_step(optimizer, L_mae + 0.5 * L_nnclr, min(cosine, (step + 1) / 2))
+        Q, own = torch.cat([Q[8:], z]), torch.cat([own[8:], data.index])
+        g_m.load_state_dict(g.state_dict())
+
+    found = after["head"]
+    assert_equal(found.Q.embeddings.roll(-16, 0), Q, 1e-9)
+    assert torch.equal(found.Q.indices.roll(-16), own)
+    pairs = [(found.g, g, "7.bias"), (found.g_m, g_m, "7.bias"), (found.h, h), (after["encoder"], f), (after["decoder"], d)]
+    for ours, reference, *idle in pairs:
+        assert all_equal(touched(ours, *idle), touched(reference, *idle), 1e-8)
+    assert [line["nnclr"] for line in log_of(tmp_path)[:6]] == pytest.approx(losses, rel=1e-6)
+    assert (stages["head"][0]["head"].Q.indices == -1).all()  # a fresh head
 
 
 @pytest.mark.parametrize("program, name", [(mae_ct, "head"), (mim_refiner, "heads")])
@@ -2169,23 +2211,28 @@ def test_loss_weights_of_the_7_heads_below_the_last_in_epochs_of_20(schedule):
     assert mim_refiner.head_weights("one_hot", 0.5, 1) == [1]
 
 
-REFINEMENT = "--model vit_nano4 --head_blocks 1,3 --lr 1e-2 --head_lr 1e-2 --schedule uniform_decay"
+REFINEMENT = "--model vit_nano4 --head_blocks 1,3 --lr 1e-2 --head_lr 1e-2 --schedule uniform_decay --head_weight_decay 0.1"
 
 
-def plain_refinement_features(f, views, colours, noise):
-    """[CLS] of blocks 1 and 3 of the views, [H, N, V, D]; a final norm belongs to the last."""
+def plain_refinement_features(f, views, colours, noise, lower):
+    """[CLS] of block `lower` and the last, 3, of the views, [H, N, V, D]; a final norm belongs to the last."""
     post, y = f.config["post_norm"], []
     stack = f.post_blocks if post else f.blocks
     for view in zip(views, colours, noise):
-        first = stack[0](f.embed(common.augment(*view).double()))
-        last = stack[2](stack[1](first))
+        first = nn.Sequential(*stack[:lower])(f.embed(common.augment(*view).double()))
+        last = nn.Sequential(*stack[lower:])(first)
         y.append(torch.stack([first[:, 0], (last if post else f.norm(last))[:, 0]]))
     return torch.stack(y, 2)
 
 
 @pytest.mark.parametrize(
     "stage, flags, local_views",
-    [("refine", "", 2), ("refine", "--mim data2vec2 --no_color --frozen 1", 2), ("heads", "--local_views 0", 0)],
+    [
+        ("refine", "", 2),
+        ("refine", "--frozen 1 --head_blocks 2,3", 2),
+        ("refine", "--mim data2vec2 --no_color --frozen 1", 2),
+        ("heads", "--local_views 0", 0),
+    ],
 )
 def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, local_views):
     out, post, refine = tmp_path / "run", "data2vec2" in flags, stage == "refine"
@@ -2203,11 +2250,13 @@ def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, 
     pushed = 48 if refine else 0  # the queues come from stage heads
     Q, own = heads.Q.embeddings.roll(-pushed, 1), heads.Q.indices.roll(-pushed)
     f.freeze(0)
-    frozen = ("cls_token", "patch_embed", "post_blocks.0.") if post else () if refine else ("",)
+    frozen = () if refine else ("",)
+    if "frozen" in flags:
+        frozen = "cls_token", "patch_embed", "blocks.0.", "post_blocks.0."
     for name, p in f.named_parameters():
         p.requires_grad_(p.requires_grad and not name.startswith(frozen))  # the norm before the blocks learns all the same
     lr = 1e-2 * 8 / 256
-    optimizer = plain_adamw((f, lr, 0.05, 0.65), (nn.ModuleList(pairs), lr, 1e-5, 1))
+    optimizer = plain_adamw((f, lr, 0.05, 0.65), (nn.ModuleList(pairs), lr, 0.1, 1))
     views = [View(16, (0.25, 1.0))] * 2 + [View(8, (0.05, 0.25))] * local_views
     colours = [*common.BYOL, *[mim_refiner.LOCAL_COLOURS] * local_views]
     if "no_color" in flags:
@@ -2217,7 +2266,7 @@ def test_refinement_is_a_plain_loop_over_heads(folders, tmp_path, stage, flags, 
     for step, data in six_batches(folders, views):
         noise = uniform((0, stage, step, "colour"), rows, len(views), 13).unbind(1)
         dice = uniform((0, stage, step, "dice"), rows, 2)
-        y = plain_refinement_features(f, data.views, colours, noise)
+        y = plain_refinement_features(f, data.views, colours, noise, 2 if "2,3" in flags else 1)
         k = 4 if refine else 1
         of_heads = [plain_refiner_loss(*pairs[h], Q[h], own, y[h], data.index, dice, k) for h in (0, 1)]
         losses, z = zip(*of_heads)
@@ -2466,8 +2515,8 @@ def test_keyed_gaussians_do_not_depend_on_how_rows_are_split():
 
 
 def test_jft_epochs_are_counted_in_imagenets_images_and_the_loss_is_the_logs_weighted_sum(folders, tmp_path):
-    flags = "--epochs 2 --epoch_images 40 --micro_batch 4 --lambda_infonce 0.3"
-    recorded(can, folders / "flat", tmp_path, flags)
+    flags = "--epochs 2 --epoch_images 40 --micro_batch 4 --lambda_infonce 0.3 --weight_decay 0.3"
+    state = recorded(can, folders / "flat", tmp_path, flags)["can"].state
     log = log_of(tmp_path)
     assert len(log) == 10  # 16 images are two steps, 40 are five
     lr = [line["lr"] / (1e-3 * 8 / 256) for line in log]
@@ -2475,6 +2524,8 @@ def test_jft_epochs_are_counted_in_imagenets_images_and_the_loss_is_the_logs_wei
     for line in log:
         expected = 0.3 * line["infonce"] + 0.7 * 0.7 * line["rec"] + 0.7 * 0.3 * line["denoise"]
         assert line["loss"] == pytest.approx(expected, rel=1e-6)
+    groups, model = state["optimizer"].param_groups, state["model"]
+    assert rates(groups, model) == rates(common.parameter_groups(model, 1e-3 * 8 / 256, 0.3), model)
 
 
 def test_can_alone_is_can_beside_others(folders, tmp_path):
@@ -2594,15 +2645,21 @@ def test_branch_is_the_appendixs():
         ("vicmae", ""),
         ("vicmae", "--reconstruct_both --color --no_flip"),
         ("vicmae", "--authors_color --mask_weight 0.97"),
+        ("vicmae", "--pooling gem"),
         ("mae", ""),
+        ("simsiam", ""),
+        ("vicreg", ""),
     ],
 )
 def test_a_step_is_equations_6_and_7(float64, method, flags):
-    s = recipe(vicmae, f"{TINY[vicmae]} --model vit_nano4 --epochs 1 --contrast_from 0 --contrast_weight 0.5 --seed 3 {flags}")
+    flags = f"--epochs 1 --contrast_from 0 --contrast_weight 0.5 --weight_decay 0.3 --seed 3 {flags}"
+    s = recipe(vicmae, f"{TINY[vicmae]} --model vit_nano4 {flags}")
     ours = [randomized(module) for module in vicmae.models(s, method)]
     f, decoder, branch = theirs = copy.deepcopy(ours)
     videos = common.Videos(torch.zeros(8).long(), [], pixels=random_clips(8))
     loss = one_step(vicmae.pretrain, s, method, *ours, videos)
+    groups, modules = float64[0].state["optimizer"].param_groups, nn.ModuleList(ours)
+    assert rates(groups, modules) == rates(common.parameter_groups(modules, 1.5e-4 * 8 / 256, 0.3), modules)
 
     views = [View(16, (0.5, 1.0), "no_flip" not in flags)] * 2
     if method == "mae":
@@ -2614,17 +2671,25 @@ def test_a_step_is_equations_6_and_7(float64, method, flags):
     if "authors" in flags:
         gray = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8, p_gray=0.2)
         colours = [common.Colour(**gray, p_blur=1.0), common.Colour(**gray, p_solarize=0.2)]
-    z, masked = [], []
+    y, masked = [], []
     for frame, view in enumerate(data.views):
         x = common.augment(view, colours[frame], uniform((*key, ("first colour", "colour")[frame]), rows, 13))
         ids_keep, ids_restore, mask = common.random_masking(noise[:, frame], 0.75)
         tokens = f(x, ids_keep)
         assert tokens.shape[1] == 1 + 4
-        z.append(F.normalize(branch.projector(tokens[:, 1:].mean(1)), dim=1))
+        patches = tokens[:, 1:]
+        y.append(tokens[:, 0] if method in ("simsiam", "vicreg") else patches.mean(1))
+        if "gem" in flags:
+            y[-1] = (patches.clamp(min=1e-6) ** branch.power).mean(1) ** (1 / branch.power)
         masked.append(common.mae_loss(decoder(tokens, ids_restore), x, mask).mean())
-    expected = (sum(masked) / 2 if "both" in flags else masked[0]) * (0.97 if "weight" in flags else 1)
+    expected = (sum(masked) / 2 if "both" in flags else masked[0]) * (0.97 if "mask_weight" in flags else 1)
+    p, z = ([F.normalize(v, dim=1) for v in of_frames] for of_frames in (map(branch.projector, y), y))
     if method == "vicmae":
-        expected = expected + 0.5 * common.nt_xent(*z, 0.1)
+        expected = expected + 0.5 * common.nt_xent(*p, 0.1)
+    elif method == "simsiam":
+        expected = expected + 0.5 * sum((p[i] - z[1 - i].detach()).square().sum() for i in (0, 1)) / 16
+    elif method == "vicreg":
+        expected = expected + 0.5 * vicmae.vicreg(*p)
     expected.backward()
     assert_equal(loss, expected)
     gradients = [[p.grad for p in nn.ModuleList(side).parameters() if p.grad is not None] for side in (ours, theirs)]
