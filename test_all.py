@@ -995,18 +995,6 @@ def test_projector_and_predictor_are_those_of_A2():
     assert not any(p.requires_grad for p in head.g_m.parameters()) and {m.bias for m in linear} == {None}
 
 
-@pytest.mark.parametrize("eps, last_norm", [(1e-5, False), (1e-2, True)])
-def test_a_head_is_that_of_torchs_modules(eps, last_norm):
-    torch.manual_seed(0)
-    head = randomized(common.mlp_head(6, 7, 8, 4, last_norm=last_norm, eps=eps))
-    layers = []
-    for i, o in ((6, 7), (7, 8), (8, 4)):
-        layers += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o, eps=eps), nn.ReLU()]
-    reference, x = nn.Sequential(*layers[: 7 + last_norm]).double(), normal(9, 6)
-    assert not reference.load_state_dict(head.state_dict(), strict=False).unexpected_keys
-    assert_equal(head(x), reference(x))
-
-
 def test_nt_xent_is_the_formula():
     views = [common.normalize(normal(5, 8, seed=v)) for v in (0, 1)]
     total = 0
@@ -2361,15 +2349,6 @@ def test_simclr_colours_have_strength_1():
     colours = common.Colour(jitter=jitter, p_jitter=0.8, p_gray=0.2, p_blur=0.5, p_solarize=0)
     assert can.simclr_colours(recipe(can).strength) == colours
     assert can.simclr_colours(recipe(can, "--methods mae").strength) is None  # He et al.: crop and flip
-
-
-@pytest.mark.parametrize("lambda_infonce, lam", [(0.03, 0.7), (0, 0.7), (0.03, 0), (1, 0.7)])
-def test_loss_weights_sum_to_1(lambda_infonce, lam):
-    weights = can.loss_weights(lambda_infonce, lam)
-    rec, denoise = weights["rec"], weights["denoise"]
-    assert weights["infonce"] == lambda_infonce and min(rec, denoise) >= 0
-    assert sum(weights.values()) == pytest.approx(1, rel=1e-12)
-    assert rec * (1 - lam) == pytest.approx(denoise * lam, abs=1e-15)
 
 
 def tiny_can(flags="--lambda_infonce 0.3 --sigma_max 0.5"):
