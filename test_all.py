@@ -1979,24 +1979,6 @@ def test_oracle_neighbours_are_all_of_the_samples_class():
     assert aux["nn_accuracy"] == (Q.labels[free] == labels).float().mean() < 1  # the authors log it without the oracle
 
 
-def test_a_detached_head_sends_no_gradient_to_the_encoder(folders, tmp_path):
-    def encoder_gradients(flags):
-        out = tmp_path / flags
-        training = recorded(mae_ct, folders / "flat", out, "--stages combined --mae_epochs 1", flags)["combined"]
-        encoder = set(training.state["encoder"].parameters())
-        parameters = itertools.chain(*(group["params"] for group in training.state["optimizer"].param_groups))
-        pairs = zip(parameters, training.gradients[0], strict=True)
-        return [g for p, g in pairs if p in encoder], training.losses[0].item(), log_of(out)[0]["nnclr"]
-
-    alone, mae_loss, _ = encoder_gradients("--combined_weight 0")
-    detached, loss, nnclr = encoder_gradients("--combined_weight 5 --detach")
-    in_pieces, _, _ = encoder_gradients("--combined_weight 5 --detach --micro_batch 2")
-    attached, _, _ = encoder_gradients("--combined_weight 5")
-    assert loss == pytest.approx(mae_loss + 5 * nnclr, rel=1e-6)  # 4.5
-    assert all_equal(detached, alone) and all_equal(in_pieces, alone)
-    assert not all_equal(attached, alone, 1e-3)
-
-
 @slow
 def test_two_nodes_of_one_process_are_one_of_two(folders, tmp_path):
     with socket.socket() as free:
