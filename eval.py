@@ -1636,7 +1636,7 @@ def embed(x):
     try:
         from umap import UMAP
 
-        return torch.from_numpy(UMAP(random_state=0).fit_transform(x.cpu().numpy())), "UMAP"
+        return torch.from_numpy(UMAP(random_state=0).fit_transform(x.cpu().numpy())).to(x.device), "UMAP"
     except ImportError:
         centred = x - x.mean(0)
         _, singular, v = torch.linalg.svd(centred, full_matrices=False)
@@ -2143,6 +2143,7 @@ class Pyramid(nn.Module):
             self.windows[i - 1] = self.grid
         heads = encoder.config["heads"]
         self.biases = nn.ModuleList(RelativeBias(heads, *sides) for sides in self.windows if relative)
+        self.biases[: encoder.frozen].requires_grad_(False)  # frozen blocks stay as they are
 
     def forward(self, x, drop=None):
         """Standardised images [n, 3, H, W] and drop-path factors (see ViT) → maps, before they are scaled: [n, D, rows,

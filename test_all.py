@@ -4270,6 +4270,13 @@ def test_windows_and_relative_positions_are_those_of_a_loop():
 
 
 @torch.no_grad()
+def test_frozen_blocks_learn_no_relative_positions():
+    encoder = vit(depth=4)
+    encoder.freeze(3)
+    pyramid = protocols.Pyramid(encoder, [1, 2, 3, 4], (32, 32))
+    assert [bias.bias.requires_grad for bias in pyramid.biases] == [False, False, False, True]
+
+
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_a_window_as_large_as_the_grid_is_attention_to_all_of_it(post_norm):
     encoder, x = vit(depth=4, post_norm=post_norm), normal(2, 3, 32, 32)
