@@ -2668,15 +2668,22 @@ def test_the_contrastive_loss_joins_at_its_epoch(folders, tmp_path):
     assert (tmp_path / "encoder.pt").exists() and not (tmp_path / "results.json").exists()  # there are no labels
 
 
-def test_a_videos_feature_is_the_mean_of_its_frames():
-    videos, encoder = common.Videos(torch.arange(6), [], pixels=random_clips(6, 32)), vit().float()
+def test_the_table_has_cls_of_images_and_means_of_frames_by_object_and_by_motion():
+    motions = torch.arange(6) % 2
+    videos = common.Videos(torch.arange(6), [], pixels=random_clips(6, 32), motions=motions)
+    encoder, run, images = vit(pool="mean").float(), mock.Mock(machine=CPU), (coloured(12), coloured(8))
     with mock.patch.object(vicmae, "cached_probe", return_value={"probe": 0}) as probe:
-        vicmae.report(mock.Mock(machine=CPU), "vicmae", encoder, None, (videos, videos))
-    found, labels, *_ = probe.call_args.args
-    assert torch.equal(labels, videos.labels)
-    for feature, frames in zip(found, videos.pixels):
-        x = common.augment(frames[[0, 1, 3, 4]])  # (t + 1/2) 5/4
-        assert_equal(feature, encoder.pooled(encoder(x)).mean(0), 1e-5)
+        with mock.patch.object(vicmae, "evaluate", return_value={}):
+            vicmae.report(run, "vicmae", encoder, images, (videos, videos))
+    of_cls, *of_videos = (call.args for call in probe.call_args_list)
+    cls = [encoder(common.augment(part.pixels))[:, 0] for part in images]
+    assert error(of_cls[0], cls[0]) < 1e-5 and error(of_cls[2], cls[1]) < 1e-5
+    assert run.report.call_args.args[1]["knn_cls"] == protocols.knn(*of_cls)["knn"]
+    for (found, labels, *_), expected in zip(of_videos, (videos.labels, motions), strict=True):
+        assert torch.equal(labels, expected)
+        for feature, frames in zip(found, videos.pixels):
+            x = common.augment(frames[[0, 1, 3, 4]])  # (t + 1/2) 5/4
+            assert_equal(feature, encoder.pooled(encoder(x)).mean(0), 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- CMAE
@@ -3393,6 +3400,24 @@ def test_post_norm_encoders_are_fine_tuned_under_a_norm_that_learns():
     cls = F.layer_norm(classifier.encoder(x)[:, 0], (32,), classifier.norm.weight, classifier.norm.bias, 1e-6)
     assert error(classifier(x), cls @ classifier.head.weight.T + classifier.head.bias) < 1e-5
     assert classifier.norm.weight.ne(1).all()
+
+
+def test_few_labels_are_those_of_the_lists_and_raw_features_have_no_norm(folders, tmp_path):
+    encoder = vit().float().requires_grad_(False)
+    job = protocols.Job(encoder, tmp_path / "encoder.pt", str(folders / "labelled"), CPU)
+    lists = {"first": [3, 12, 9, 0], "second": [10, 1]}
+    train, val = job.load_labelled()
+    for name, index in lists.items():
+        (tmp_path / name).write_text("\n".join(train.name(i) for i in index))
+    for raw in (False, True):
+        with mock.patch.object(protocols, "lowshot") as lowshot:
+            protocols.run_lowshot(job, lists=[tmp_path / name for name in lists], raw=raw)
+        x, y, test_x, test_y, splits = lowshot.call_args.args
+        cls = [protocols.outputs(lambda x: encoder(x, blocks=[3])[0][:, 0], images, 32, CPU)[0] for images in (train, val)]
+        expected, expected_test = cls if raw else map(encoder.norm, cls)
+        assert error(test_x, expected_test) < 1e-6 and torch.equal(test_y, val.labels)
+        for rows, index in zip(splits, lists.values(), strict=True):
+            assert error(x[rows], expected[index]) < 1e-6 and torch.equal(y[rows], train.labels[index])
 
 
 def test_fine_tuning_on_a_share_of_the_images_or_on_those_of_a_list(folders, tmp_path):
@@ -4522,6 +4547,30 @@ def test_upernet_is_trained_by_mmsegmentations_recipe_for_mae(tmp_path):
             run(flags)
 
 
+def test_upernets_loss_rates_and_decays_are_those_of_the_recipe(in_float64):
+    s = protocols.FineTuning(**protocols.UPERNET | dict(epochs=0.5, batch=8, seed=4))
+    with mock.patch.object(protocols, "tune_on_maps", wraps=protocols.tune_on_maps) as tuned:
+        with mock.patch.object(protocols, "Training", Recorder):
+            protocols.upernet(vit(depth=4), reds(16), reds(2), Run(CPU), s, 32)
+    model, _, _, objective, schedule, *_ = tuned.call_args.args
+    assert [schedule(step, 10, 3) for step in range(10)] == [min(1, (step + 1) / 3) * (1 - step / 10) for step in range(10)]
+    encoder, peak = model.pyramid.encoder, 1.6e-3 * 8 / 256
+    expected = rates(common.parameter_groups(encoder, peak, 0.05, 0.65), encoder)
+    found = Recorder.made[-1].state["optimizer"].param_groups
+    of_encoder = set(encoder.parameters())
+    in_groups = [group | dict(params=[p for p in group["params"] if p in of_encoder]) for group in found]
+    assert rates(in_groups, encoder) == expected and len(set(expected.values())) > 8
+    maps = model.train().pyramid(normal(2, 3, 32, 32))
+    labels, rows = uniform((0, "labels"), torch.arange(2), 20, 24).mul(4).long() - 1, torch.tensor([5, 3])
+    loss, _ = objective(labels, (4, 7), rows, *maps)
+    noise = uniform((4, 7, "dropout"), rows, 32 + 256, 1, 1)
+    keep = ((noise > 0.1) / 0.9).split([32, 256], 1)
+    scaled = [scale(m) for scale, m in zip(model.scales, maps)]
+    sums = [F.cross_entropy(nn.Upsample((20, 24), mode="bilinear")(logits), labels, ignore_index=-1, reduction="sum")
+            for logits in plain_upernet(model, scaled, keep)]  # fmt: skip
+    assert_equal(loss, (sums[0] + 0.4 * sums[1]) / labels.numel())
+
+
 @pytest.mark.parametrize("height, width", [(12, 12), (12, 31), (29, 20), (9, 25)])
 def test_windows_are_a_loop_and_one_of_them_is_a_plain_pass(height, width):
     weight, x = normal(4, 3, 3, 3), normal(2, 3, height, width)
@@ -5098,6 +5147,19 @@ def test_clips_are_evenly_spread_frames_cut_alike():
         cuts = itertools.product(([1, 5, 9], [3, 7, 11]), lefts)
         for view, (numbers, left) in zip(views, cuts, strict=True):
             assert torch.equal(view, videos.pixels[1, numbers, :, :, left : left + 20])  # (t + 1/4, 3/4) / 3 of 12
+
+
+def test_clips_are_trained_on_with_the_labels_of_their_videos():
+    videos = common.Videos(torch.tensor([2, 0, 1, 1]), list("abc"), pixels=random_clips(4, 32))
+    s = protocols.FineTuning(batch=4, seed=3)
+    with mock.patch.object(protocols, "tune", return_value={}) as tune:
+        protocols.video(vit().float(), videos, videos, Run(CPU), s, 2, "frames", 1, 1)
+    stream = tune.call_args.args[1]
+    x, targets, _ = next(stream(argparse.Namespace(step=0, total=1)))
+    [(epoch, index)] = common.shuffled(4, 4, 0, 1, 3)
+    for clip, target, i in zip(x, targets, index.tolist(), strict=True):
+        (pixels,) = protocols.Clips(2, 32, seed=3)(videos, epoch, i)
+        assert torch.equal(clip, common.augment(pixels)) and target.tolist() == F.one_hot(videos.labels, 3)[i].tolist()
 
 
 def test_all_views_of_a_video_are_averaged():
@@ -5870,7 +5932,31 @@ WHOLE = {
         "mae.pt vicmae.pt mae.png vicmae.png", ("encoder.pt", "encoder", ""), {"mae": set(), "vicmae": {"contrast"}}, (4, 8)),
 }  # fmt: skip
 OF_PAPERS = {"madds/M", "knn_cls", "probe_cls", "video_object"}  # in rows; tested where the papers are
+REACHING = {  # flags each of which changes the losses of a short run, beside others
+    mae_ct: ("--mae_epochs 1 --head_epochs 1 --epochs 2 --mae_warmup_epochs 0",
+             "--mask_ratio 0.5,--no_norm_pix,--oracle,--head_temperature 0.5"),
+    mim_refiner: ("--mae_epochs 1 --head_epochs 1 --epochs 2 --mae_warmup_epochs 0 --warmup_epochs 0",
+                  "--swap_negatives,--authors_head,--authors_loss,--authors_pairs,--temperature 0.5,--schedule one_hot"),
+    can: ("--epochs 1 --warmup_epochs 0",
+          "--bilinear,--weight_decay 0.9,--temperature 0.5,--noisy_target,--strength 0,--scale_min 0.5"),
+    cmae: ("--epochs 1 --warmup_epochs 0 --model vit_nano4", "--no_norm_pix,--temperature 0.5,--margin 8"),
+    vicmae: ("--epochs 1 --warmup_epochs 0 --contrast_from 0 --methods vicmae",
+             "--no_norm_pix,--temperature 0.5,--pooling gem,--weight_decay 0.9,--gap 0,--mask_ratio 0.5"),
+}  # fmt: skip
 whole_runs = pytest.mark.parametrize("name", WHOLE)
+
+
+@all_papers
+def test_settings_reach_the_loop(folders, tmp_path, program):
+    base, flags = REACHING[program]
+    data = folders / ("clips" if program is vicmae else "labelled")
+
+    def losses(*flag):
+        trained = recorded(program, data, tmp_path / "".join(flag), "--no_eval", base, *flag).values()
+        return [loss.item() for training in trained for loss in training.losses]
+
+    without = losses()
+    assert [flag for flag in flags.split(",") if losses(flag) == without] == []
 
 
 def run_whole(name, folders, out, *argv):
