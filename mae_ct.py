@@ -39,11 +39,11 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Table 3        eval.py cluster; MAE's B/16 has [CLS] here (B.3): eval.py cluster --pool cls
   Table 4        --k 1 · --k 1 --ct_mask_ratio 0.75 · --k 1 --no_nn_lookup · --k 1 --stages ct --init mae.pt · eval.py probe
                  · eval.py knn; its first row is Table 13's with k = 1, so are those of Tables 7 and 8
-  Table 5        --cost --mae_batch 512 --batch 128 --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
+  Table 5        of batches that the GPU holds: --cost --model vit_b16|vit_l16|vit_h16|vit_h14 --no_aug|--aug
   Table 6        eval.py probe, and of what that wrote: eval.py invariance
   Table 7        --k 1 --stages combined · --k 1 --stages combined,ct --no_detach|--detach · --k 1 --stages combined,head,ct
-                 · the same from one run of --stages combined, or of --stages combined --detach:
-                 --k 1 --stages ct --init mae.pt --head head.pt · --k 1 --stages head,ct --init mae.pt
+                 · the same from the files of a combined stage, attached or detached: --k 1 --stages ct --init mae.pt
+                 --head head.pt · --k 1 --stages head,ct --init mae.pt
   Table 8        --k 1 · --k 1 --stages head,ct --init mae_pretrain_vit_large.pth · eval.py probe · eval.py knn
   Tables 9, 10   The presets TABLE_9 and TABLE_10.
   Tables 11, 12  The recipes of eval.py's probe and finetune, mae_ct and lowshot.
@@ -59,7 +59,7 @@ Their own MAE is A.1's: --mae_views 2 besides. One MAE serves many runs: --stage
   Figures 1, 4, 8   eval.py embed --classes LIST · accuracies below 4 and 8: eval.py cluster --classes LIST
   Figure 2       A drawing.
   Figure 3       eval.py colorhist
-  Figures 5, 10  eval.py retrieve --classes LIST, 10 with --samples 15
+  Figures 5, 10  eval.py retrieve --classes LIST · eval.py retrieve --classes LIST --samples 15
   Figure 6       --cost --model vit_b16|vit_l16|vit_h16 --no_aug|--aug; A.1 has 4 GPUs and batches of 2048, 1024, 512 in
                  stage mae, half of that in ct; Table 2's accuracies against these hours: eval.py curve
                  --curves MAE=b/probe.json,l/probe.json --y probe --at 448 792

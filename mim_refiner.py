@@ -60,8 +60,8 @@ Public models are refined: --init FILE besides. Tables 1, 6 and 7 have data2vec 
   Table 12       The recipe inat18 of eval.py's finetune.
   Table 13       eval.py knn --raw --standardize · eval.py knn --last 4 --standardize
   Table 14       eval.py stats
-  Figures 1, 2   Table 2's numbers, and hours and FLOPs (with --micro_batch it encodes twice, so a batch that one GPU holds):
-                 --cost --mae_batch 128 --batch 32 --model vit_l16|vit_h14|vit_2b14
+  Figures 1, 2   Table 2's numbers, and hours and FLOPs, of smaller batches on one GPU, since pieces are encoded twice:
+                 --cost --model vit_l16|vit_h14|vit_2b14
   Figure 3       3a: counts of parameters · 3b: eval.py knn --per_block --standardize · 3c, whose task is not said:
                  eval.py probe --block 20 · eval.py lowshot --block 20 --shots 1 · 3d and Figure 6: eval.py blocks
   Figures 4, 8   Drawings.
