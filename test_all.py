@@ -5953,10 +5953,10 @@ def test_settings_reach_the_loop(folders, tmp_path, program):
 
     def losses(*flag):
         trained = recorded(program, data, tmp_path / "".join(flag), "--no_eval", base, *flag).values()
-        return [loss.item() for training in trained for loss in training.losses]
+        return [loss.item() for loss in itertools.chain(*(training.losses for training in trained))]
 
-    without = losses()
-    assert [flag for flag in flags.split(",") if losses(flag) == without] == []
+    plain = losses()
+    assert [flag for flag in flags.split(",") if losses(flag) == plain] == []
 
 
 def run_whole(name, folders, out, *argv):
