@@ -300,7 +300,7 @@ def combined_pretraining(run, f, decoder, head, images):
     """Section 4.5: L = L_MAE + lambda * L_NNCLR on two masked views; `detach` stops the head's gradient at the encoder."""
     s = run.settings
     f.freeze(0)
-    lr = s.mae_lr * s.mae_batch / 256  # the head's too, as its temperature and weight decay of elsewhere: chosen, 4.5 is silent
+    lr = s.mae_lr * s.mae_batch / 256  # the head's too; its rate, temperature and weight decay are chosen, 4.5 names none
     groups = parameter_groups(nn.ModuleList([f, decoder]), lr, s.weight_decay)
     groups += parameter_groups(head, lr, s.head_weight_decay)
     optimizer = adamw(groups, zero=s.zero)
